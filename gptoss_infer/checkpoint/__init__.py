@@ -1,0 +1,19 @@
+"""Checkpoints on disk: lazy reading of every layout, checked against the config; atomic writing; conversion; inspection.
+
+`layouts` has the names and shapes, `reader` opens, `writer` writes, `atomic` makes directories complete or absent,
+`convert` renames between layouts, `inspect` reports. Tensors are always addressed by Hugging Face's names.
+"""
+
+from gptoss_infer.checkpoint.atomic import atomic_directory, verify_manifest
+from gptoss_infer.checkpoint.reader import Checkpoint, resolve
+from gptoss_infer.checkpoint.writer import TensorSpec, rewrite_checkpoint, write_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "TensorSpec",
+    "atomic_directory",
+    "resolve",
+    "rewrite_checkpoint",
+    "verify_manifest",
+    "write_checkpoint",
+]

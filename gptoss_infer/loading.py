@@ -1,0 +1,96 @@
+"""Fill a model from a checkpoint, tensor by tensor: any layout, experts kept as MXFP4 or expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gptoss_infer.checkpoint.layouts import EXPERT_WEIGHTS
+from gptoss_infer.checkpoint.reader import Checkpoint, resolve
+from gptoss_infer.errors import MachineError, UsageError
+from gptoss_infer.model import GptOss, RMSNorm
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device named, or for `auto` CUDA if there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MachineError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device; use cpu")
+    return torch.device(device)
+
+
+def load(
+    checkpoint: str | Path | Checkpoint,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    experts: Literal["mxfp4", "bf16"] = "mxfp4",
+) -> GptOss:
+    """Return the model of a checkpoint, in eval mode and without gradients.
+
+    Args:
+        checkpoint: directory, hub id[@revision] or an open Checkpoint.
+        dtype: of activations and all weights but the MXFP4 bytes; norms stay fp32 as in the reference.
+        experts: `mxfp4` keeps the 4-bit bytes in memory and decodes the experts that are hit; `bf16` expands them to `dtype`.
+    Raises: DataError for a damaged checkpoint; UsageError for mxfp4 on a checkpoint whose experts are bf16.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(resolve(str(checkpoint)))
+    if experts == "mxfp4" and checkpoint.experts == "bf16":
+        raise UsageError(
+            f"{checkpoint.directory} holds bf16 experts; load it with experts='bf16', or convert it: "
+            "gptoss-infer convert SRC DST --to mxfp4 (rounds!)"
+        )
+    target = pick_device(device)
+    with torch.device("meta"):
+        model = GptOss(checkpoint.config, experts)
+    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
+    for name in checkpoint.names():
+        if name.endswith(("_blocks", "_scales")) and experts == "bf16":
+            continue
+        tensor = checkpoint.tensor(name)
+        wanted = tensor.dtype if tensor.dtype == torch.uint8 else torch.float32 if name in norms else dtype
+        _assign(model, name, tensor.to(target, wanted))
+    if experts == "bf16" and checkpoint.experts == "mxfp4":
+        for layer in range(checkpoint.config.num_hidden_layers):
+            for weight in EXPERT_WEIGHTS:
+                dense = expand_experts(checkpoint, layer, weight, dtype, target)
+                _assign(model, f"model.layers.{layer}.mlp.experts.{weight}", dense)
+    return model.eval().requires_grad_(False)
+
+
+def expand_experts(
+    checkpoint: Checkpoint,
+    layer: int,
+    weight: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    edit: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return one layer's `gate_up_proj` or `down_proj` dense, (E, in, out), decoded one expert at a time."""
+    parts: Tensor | None = None
+    for expert in range(checkpoint.config.num_local_experts):
+        values = checkpoint.expert(layer, weight, expert)  # (out, in)
+        if edit is not None:
+            values = edit(expert, values)
+        if parts is None:
+            shape = (checkpoint.config.num_local_experts, values.shape[1], values.shape[0])
+            parts = torch.empty(shape, dtype=dtype, device=device)
+        parts[expert] = values.T
+    assert parts is not None, "a model has at least one expert"
+    return parts
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the meta tensor called `name` by `tensor`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

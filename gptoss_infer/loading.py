@@ -86,9 +86,18 @@ def expand_experts(
     return parts
 
 
+def module_name(name: str) -> str:
+    """Return the parameter's name in the model for a tensor's canonical name: experts are modules there."""
+    prefix, experts, leaf = name.partition("mlp.experts.")
+    if not experts:
+        return name
+    weight, _, kind = leaf.partition("_proj")
+    return f"{prefix}{experts}{weight}_proj.{kind.lstrip('_') or 'weight'}"
+
+
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace the meta tensor called `name` by `tensor`."""
-    owner_name, _, leaf = name.rpartition(".")
+    """Replace the meta tensor of canonical `name` by `tensor`."""
+    owner_name, _, leaf = module_name(name).rpartition(".")
     owner = model.get_submodule(owner_name)
     if leaf in owner._buffers:
         owner._buffers[leaf] = tensor

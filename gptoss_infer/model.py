@@ -9,7 +9,6 @@ Source: openai/gpt-oss model card (arXiv 2508.10925) and reference code; equal t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 
 from gptoss_infer import mxfp4
 from gptoss_infer.config import ModelConfig, RopeConfig
+
+
+ExpertFormat = Literal["mxfp4", "bf16"]
 
 
 class LayerCache(Protocol):
@@ -134,77 +136,68 @@ class _DecodedLinear(torch.autograd.Function):
         return grads[0] @ mxfp4.decode(blocks, scales, grads[0].dtype), None, None
 
 
-Projection = Callable[[Literal["gate_up_proj", "down_proj"], int, Tensor], Tensor]
+class ExpertLinear(nn.Module):
+    """One projection of every expert of a layer: MXFP4 bytes, decoded when an expert is hit, or dense (E, in, out)."""
+
+    blocks: Tensor  # uint8 (E, out, G, 16), if MXFP4
+    scales: Tensor  # uint8 (E, out, G), if MXFP4
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, experts: ExpertFormat) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        if experts == "mxfp4":
+            groups = in_features // mxfp4.BLOCK
+            self.register_buffer("blocks", torch.zeros(num_experts, out_features, groups, 16, dtype=torch.uint8))
+            self.register_buffer("scales", torch.zeros(num_experts, out_features, groups, dtype=torch.uint8))
+        else:
+            self.weight = nn.Parameter(torch.zeros(num_experts, in_features, out_features))
+        self.format = experts
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Apply expert e to the next counts[e] rows of x (M, in), bias included; return (M, out)."""
+        parts = []
+        for expert, rows in enumerate(x.split(counts)):
+            if counts[expert] == 0:
+                continue
+            if self.format == "mxfp4":
+                product = _DecodedLinear.apply(rows, self.blocks[expert], self.scales[expert])
+            else:
+                product = rows @ self.weight[expert]
+            parts.append(product + self.bias[expert])
+        return torch.cat(parts)
 
 
 class Experts(nn.Module):
-    """The expert weights of one layer, as MXFP4 bytes (decoded when hit) or dense (E, in, out)."""
+    """The experts of one layer; each that is hit runs once, on all its tokens."""
 
-    def __init__(self, config: ModelConfig, experts: Literal["mxfp4", "bf16"]) -> None:
+    def __init__(self, config: ModelConfig, experts: ExpertFormat) -> None:
         super().__init__()
         e, c, i = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.num_experts, self.format = e, experts
-        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
-        for name, rows, columns in (("gate_up_proj", 2 * i, c), ("down_proj", c, i)):
-            if experts == "mxfp4":
-                groups = columns // mxfp4.BLOCK
-                self.register_buffer(f"{name}_blocks", torch.zeros(e, rows, groups, 16, dtype=torch.uint8))
-                self.register_buffer(f"{name}_scales", torch.zeros(e, rows, groups, dtype=torch.uint8))
-            else:
-                self.register_parameter(name, nn.Parameter(torch.zeros(e, columns, rows)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(e, rows)))
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """Return (in, out) of one expert's projection."""
-        if self.format == "mxfp4":
-            _, rows, groups = getattr(self, f"{name}_scales").shape
-            return groups * mxfp4.BLOCK, rows
-        return getattr(self, name).shape[1], getattr(self, name).shape[2]
-
-    def project(self, name: Literal["gate_up_proj", "down_proj"], expert: int, x: Tensor) -> Tensor:
-        """Apply one expert's projection with its bias: (N, in) -> (N, out)."""
-        bias = getattr(self, f"{name}_bias")[expert]
-        if self.format == "bf16":
-            return x @ getattr(self, name)[expert] + bias
-        blocks, scales = getattr(self, f"{name}_blocks")[expert], getattr(self, f"{name}_scales")[expert]
-        return _DecodedLinear.apply(x, blocks, scales) + bias  # type: ignore[no-untyped-call]
+        self.num_experts, self.alpha, self.limit = e, config.swiglu_alpha, config.swiglu_limit
+        self.gate_up_proj = ExpertLinear(e, c, 2 * i, experts)
+        self.down_proj = ExpertLinear(e, i, c, experts)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """(N, C), experts int64 (N, k), their weights (N, k) -> (N, C)."""
-        return run_experts(self.project, self.num_experts, x, chosen, weights, self.alpha, self.limit)
+        """Sort tokens by expert, run the experts, and sum each token's k results in the order of `chosen`.
 
-
-def run_experts(
-    project: Projection, num_experts: int, x: Tensor, chosen: Tensor, weights: Tensor, alpha: float, limit: float
-) -> Tensor:
-    """Sort tokens by expert, run each expert that is hit once, and sum each token's k results in their order.
-
-    Args:
-        project: applies one expert's projection, bias included.
-        x: (N, C). chosen: int64 (N, k). weights: (N, k), softmax over the chosen.
-    Returns: (N, C). The order of sums does not depend on the routing, so results are reproducible.
-    """
-    n, k = chosen.shape
-    order = chosen.view(-1).argsort(stable=True)  # (N k,): slots grouped by expert
-    counts = torch.bincount(chosen.view(-1), minlength=num_experts).tolist()
-    grouped = x[order // k]  # (N k, C)
-    outputs = []
-    start = 0
-    for expert, count in enumerate(counts):
-        if count == 0:
-            continue
-        hidden = swiglu(project("gate_up_proj", expert, grouped[start : start + count]), alpha, limit)  # (n_e, I)
-        outputs.append(project("down_proj", expert, hidden))  # (n_e, C)
-        start += count
-    slots = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))  # where each slot went
-    results = torch.cat(outputs)[slots].view(n, k, -1)  # (N, k, C)
-    return (results * weights.unsqueeze(-1)).sum(1)
+        Args:
+            x: (N, C). chosen: int64 (N, k). weights: (N, k), softmax over the chosen.
+        Returns: (N, C). Every sum has a fixed order, so results are reproducible.
+        """
+        n, k = chosen.shape
+        order = chosen.view(-1).argsort(stable=True)  # (N k,): slots grouped by expert
+        counts = torch.bincount(chosen.view(-1), minlength=self.num_experts).tolist()
+        hidden = swiglu(self.gate_up_proj(x[order // k], counts), self.alpha, self.limit)  # (N k, I)
+        grouped = self.down_proj(hidden, counts)  # (N k, C)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))  # where each slot went
+        return (grouped[places].view(n, k, -1) * weights.unsqueeze(-1)).sum(1)
 
 
 class MoE(nn.Module):
     """Router and experts; the weights are a softmax over the chosen experts' logits only."""
 
-    def __init__(self, config: ModelConfig, experts: Literal["mxfp4", "bf16"]) -> None:
+    def __init__(self, config: ModelConfig, experts: ExpertFormat) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.router = nn.Linear(config.hidden_size, config.num_local_experts)
@@ -221,7 +214,7 @@ class MoE(nn.Module):
 class Layer(nn.Module):
     """Pre-norm block: attention, then experts, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, experts: Literal["mxfp4", "bf16"]) -> None:
+    def __init__(self, config: ModelConfig, layer: int, experts: ExpertFormat) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -253,7 +246,7 @@ class Context:
 class Decoder(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: ModelConfig, experts: Literal["mxfp4", "bf16"]) -> None:
+    def __init__(self, config: ModelConfig, experts: ExpertFormat) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, n, experts) for n in range(config.num_hidden_layers))
@@ -263,7 +256,7 @@ class Decoder(nn.Module):
 class GptOss(nn.Module):
     """A gpt-oss language model. Built empty; `gptoss_infer.load` fills it from a checkpoint."""
 
-    def __init__(self, config: ModelConfig, experts: Literal["mxfp4", "bf16"] = "mxfp4") -> None:
+    def __init__(self, config: ModelConfig, experts: ExpertFormat = "mxfp4") -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config, experts)

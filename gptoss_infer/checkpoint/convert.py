@@ -13,7 +13,7 @@ from torch import Tensor
 from gptoss_infer.checkpoint.atomic import atomic_directory
 from gptoss_infer.checkpoint.layouts import EXPERT_WEIGHTS, Layout, expected_shapes, original_slot
 from gptoss_infer.checkpoint.reader import FLOATS, Checkpoint
-from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, copy_other_files, write_checkpoint
+from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, Values, copy_other_files, write_checkpoint
 from gptoss_infer.config import parse_config, to_hf_json, to_original_json
 from gptoss_infer.errors import UsageError
 

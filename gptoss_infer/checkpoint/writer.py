@@ -58,7 +58,7 @@ def write_checkpoint(
     ordered = sorted(specs, key=lambda spec: spec.name)
     shards = _split(ordered, max_shard_bytes)
     dash = "-" if layout == "hf" else "--"  # OpenAI's shards are named model--00001-of-00007
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model{dash}{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / file, shard, read)
@@ -142,6 +142,6 @@ def _write_tensor(f: BinaryIO, spec: TensorSpec, values: Values) -> None:
     assert f.tell() - begin == spec.num_bytes, f"{spec.name}: wrote {f.tell() - begin} bytes, announced {spec.shape}"
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> bytes | memoryview:
     """Return the values in little-endian row-major order."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

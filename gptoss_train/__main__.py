@@ -1,0 +1,134 @@
+"""`gptoss-train` (also `python -m gptoss_train`, and under `accelerate launch -m gptoss_train`): recipes from start to end.
+
+    accelerate launch -m gptoss_train run quickstart
+    gptoss-train data recipes/gsm8k.yaml -n 2
+    gptoss-train export runs/mine out/model --base openai/gpt-oss-20b
+
+Here are the command lines alone; what they do is imported when it is needed, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from gptoss_infer.errors import UsageError, run_command
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    handlers = {"run": _run, "data": _data, "export": _export, "recipes": _recipes}
+    return handlers[arguments.command](arguments)
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(run_command(main))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gptoss-train", description="Fine-tune gpt-oss checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {example}")
+
+    def add_recipe(command: argparse.ArgumentParser) -> None:
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+        command.add_argument("overrides", metavar="SECTION.KEY=VALUE", nargs="*", help="values that replace the file's")
+
+    add_recipe(add("run", "train, export and evaluate as a recipe says", "gptoss-train run quickstart optim.lr=1e-3"))
+    data = add("data", "show what a recipe trains on: samples, labelled tokens, counts", "gptoss-train data quickstart -n 1")
+    data.add_argument("-n", type=int, default=3, help="samples shown (default: 3)")
+    add_recipe(data)
+    export = add("export", "merge an adapter into its base", "gptoss-train export runs/quickstart out/model")
+    export.add_argument("source", metavar="RUN_OR_ADAPTER", type=Path, help="run directory or PEFT adapter directory")
+    export.add_argument("target", metavar="OUT", type=Path, help="directory to write; must not exist")
+    export.add_argument("--base", help="checkpoint to merge into (default: the one that the adapter names)")
+    export.add_argument("--format", choices=("mxfp4", "bf16", "adapter"), default="mxfp4", help="default: mxfp4")
+    export.add_argument("--rounding", choices=("nearest",), default="nearest", help="default: nearest")
+    export.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="largest file (bf16 only)")
+    export.add_argument("--allow-unchanged", action="store_true", help="write a copy of the base if nothing changed")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT")
+    export.add_argument("--json", action="store_true", help="print what survived as JSON only")
+    recipes = add("recipes", "list the shipped recipes, or print one", "gptoss-train recipes quickstart")
+    recipes.add_argument("name", metavar="NAME", nargs="?", help="recipe to print")
+    recipes.add_argument("--keys", action="store_true", help="print every key with type, default and meaning")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from gptoss_train.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from gptoss_train.run import run  # after the recipe: its errors should not wait for torch
+
+    return run(recipe, Path(arguments.recipe).stem)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from gptoss_train.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from gptoss_train import builtin
+    from gptoss_train.data import load_splits
+    from gptoss_train.preview import show
+
+    builtin.prepare(recipe)
+    validation = builtin.path(recipe.data.validation) if recipe.data.validation else None
+    train, held_out = load_splits(recipe.data, builtin.path(recipe.data.train), validation, recipe.train.seed)
+    for sample in train.samples[: arguments.n]:
+        print(show(sample, color=sys.stdout.isatty()))
+        print()
+    print(f"training    {train.report.text()}")
+    if held_out is not None:
+        print(f"validation  {held_out.report.text()}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from gptoss_infer.adapter import CONFIG
+    from gptoss_infer.checkpoint import resolve
+    from gptoss_infer.config import read_json
+    from gptoss_train.export import export, print_summary, summary
+
+    adapter = arguments.source / "adapter" if (arguments.source / "adapter").is_dir() else arguments.source
+    base = arguments.base or read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{adapter / CONFIG} names no base; give it with --base CKPT")
+    survival = export(
+        adapter, resolve(base), arguments.target, format=arguments.format, allow_unchanged=arguments.allow_unchanged,
+        overwrite=arguments.overwrite, max_shard_bytes=arguments.max_shard_bytes,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps({"output": str(arguments.target), "survival": summary(survival)}))
+        return 0
+    print_summary(survival)
+    print(arguments.target)
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from gptoss_train.recipe import Recipe, load_recipe, shipped_recipes
+
+    if arguments.keys:
+        print(Recipe.describe())
+        return 0
+    shipped = shipped_recipes()
+    if arguments.name is None:
+        for name, path in shipped.items():
+            first = path.read_text().partition("\n")[0].lstrip("# ")
+            print(f"{name:20} {first}")
+        return 0
+    load_recipe(arguments.name)  # a name that does not exist, or a broken file, is an error here too
+    print(shipped.get(arguments.name, Path(arguments.name)).read_text(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    entry()

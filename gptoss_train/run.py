@@ -1,0 +1,249 @@
+"""A recipe from start to end: base -> training -> adapter -> export -> evaluation of each variant -> report.
+
+Every stage leaves its result complete in the run directory and is skipped when it is there, so the same command continues
+an interrupted run wherever it stopped. Evaluation runs in child processes after the model is freed: training and
+evaluation meet at directories on disk only.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from gptoss_infer.adapter import Adapter, Target, write_adapter
+from gptoss_infer.checkpoint import Checkpoint, atomic_directory, resolve
+from gptoss_infer.checkpoint.atomic import MANIFEST, file_sha256
+from gptoss_infer.errors import MachineError, UsageError
+from gptoss_infer.loading import load
+from gptoss_train import builtin
+from gptoss_train.data import Dataset, load_splits
+from gptoss_train.export import export, print_summary
+from gptoss_train.recipe import Recipe
+from gptoss_train.yaml_strict import dump
+
+if TYPE_CHECKING:
+    from gptoss_train.train import Trainer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXPORTS = {"mxfp4": "model", "bf16": "model-bf16", "adapter": "adapter-export"}  # format -> directory in the run
+
+
+def run(recipe: Recipe, name: str) -> int:
+    """Run a recipe; return the exit code."""
+    if recipe.parallel.threads:
+        torch.set_num_threads(recipe.parallel.threads)
+    accelerator = _accelerator(recipe)
+    run_dir = Path(recipe.run.dir or f"runs/{name}")
+    main = accelerator.is_main_process
+    if main:
+        _prepare(run_dir, recipe)
+        print(recipe.to_yaml(), file=sys.stderr)
+        builtin.prepare(recipe)
+    accelerator.wait_for_everyone()
+    base = builtin.checkpoint(recipe.model.checkpoint) or resolve(recipe.model.checkpoint)
+    if not (run_dir / "adapter").exists():
+        _train(recipe, run_dir, base, accelerator)
+    if not main:
+        return 0
+    _export_all(recipe, run_dir, base)
+    code = _evaluate(recipe, run_dir, base)
+    _evals(["report", str(run_dir)])
+    _print_places(run_dir)
+    return code
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if recipe.model.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(f"model.device is cuda, but torch {torch.__version__} sees no CUDA device; use model.device=cpu")
+    return Accelerator(cpu=recipe.model.device == "cpu" or not torch.cuda.is_available())
+
+
+def _prepare(run_dir: Path, recipe: Recipe) -> None:
+    """Make the run directory, or check that it is this recipe's to continue."""
+    exists = (run_dir / "recipe.yaml").exists()
+    if run_dir.exists() and not exists and any(run_dir.iterdir()):
+        raise UsageError(f"{run_dir} exists and is no run directory (no recipe.yaml in it); choose another run.dir")
+    if exists and recipe.run.overwrite:
+        shutil.rmtree(run_dir)
+        exists = False
+    if exists and recipe.run.resume == "never":
+        raise UsageError(f"{run_dir} exists and run.resume is never; choose another run.dir, or run.overwrite=true to delete it")
+    if not exists and recipe.run.resume == "must":
+        raise UsageError(f"run.resume is must, but {run_dir} holds no run; check run.dir")
+    resolved = dump(recipe.model_dump() | {"run": recipe.run.model_dump() | {"dir": str(run_dir)}})
+    if exists:
+        _refuse_another_recipe(run_dir, resolved)
+        print(f"continuing {run_dir}", file=sys.stderr)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / "recipe.yaml", resolved)
+    _write(run_dir / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+
+
+def _refuse_another_recipe(run_dir: Path, resolved: str) -> None:
+    """What was trained or exported with other keys must not pass for this recipe's result."""
+    old = _sections((run_dir / "recipe.yaml").read_text())
+    new = _sections(resolved)
+    changed = [name for name in ("model", "lora", "data", "loss", "optim", "train", "export") if old.get(name) != new.get(name)]
+    if changed:
+        raise UsageError(
+            f"{run_dir} holds a run with other values in {', '.join(changed)} (see its recipe.yaml); choose another run.dir, "
+            "or run.overwrite=true to delete it and start over"
+        )
+
+
+def _sections(text: str) -> dict[str, object]:
+    import yaml
+
+    parsed = yaml.safe_load(text)
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _environment() -> dict[str, object]:
+    packages = ("torch", "peft", "accelerate", "safetensors", "openai-harmony", "transformers")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _train(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) -> None:
+    """Train to the end and write `adapter/`; the model is freed on return."""
+    from gptoss_infer.lora import factors_of  # brings peft
+
+    trainer, targets = _trainer(recipe, run_dir, base, accelerator)
+    trainer.run()
+    if accelerator.is_main_process:
+        factors = {target: type(pair)(*(x.detach() for x in pair)) for target, pair in factors_of(trainer.model, targets).items()}
+        lora = recipe.lora
+        adapter = Adapter(lora.rank, lora.alpha, lora.rslora, lora.dropout, factors, base=str(base))
+        with atomic_directory(run_dir / "adapter", overwrite=True) as directory:
+            write_adapter(directory, adapter, trainer.model.config)
+    accelerator.wait_for_everyone()
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _trainer(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) -> tuple[Trainer, list[Target]]:
+    from gptoss_infer.lora import all_targets, attach
+    from gptoss_train.train import Trainer
+
+    checkpoint = Checkpoint.open(base)
+    data = recipe.data
+    validation_path = builtin.path(data.validation) if data.validation else None
+    train, validation = load_splits(data, builtin.path(data.train), validation_path, recipe.train.seed)
+    if accelerator.is_main_process:
+        for dataset in (train, validation):
+            if dataset is not None:
+                print(dataset.report.text(), file=sys.stderr)
+    model = load(
+        checkpoint, device=str(accelerator.device), dtype=DTYPES[recipe.model.dtype], experts=recipe.model.experts
+    )
+    lora = recipe.lora
+    layers = None if lora.layers == "all" else lora.layers
+    targets = all_targets(checkpoint.config.num_hidden_layers, lora.attention, lora.experts, layers)
+    torch.manual_seed(recipe.train.seed)  # of the factors
+    attach(model, targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora)
+    factors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fingerprint = _fingerprint(recipe, base, train, validation)
+    trainer = Trainer(recipe, model, factors, train, validation, run_dir, fingerprint, accelerator)
+    return trainer, targets
+
+
+def _fingerprint(recipe: Recipe, base: Path, train: Dataset, validation: Dataset | None) -> str:
+    """Hash what decides a step's result: recipe sections, data and the base's files."""
+    manifest = base / MANIFEST
+    weights = (
+        manifest.read_text()
+        if manifest.exists()
+        else str(sorted((p.name, p.stat().st_size) for p in base.iterdir()) + [file_sha256(base / "config.json")])
+    )
+    sections = [getattr(recipe, name).model_dump() for name in ("lora", "data", "loss", "optim", "train")]
+    sections.append({"dtype": recipe.model.dtype, "experts": recipe.model.experts})
+    parts = [json.dumps(sections, sort_keys=True), weights, train.sha256, validation.sha256 if validation else ""]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _export_all(recipe: Recipe, run_dir: Path, base: Path) -> None:
+    for format in recipe.export.formats:
+        target = run_dir / EXPORTS[format]
+        if target.exists():
+            continue
+        started = time.perf_counter()
+        survival = export(
+            run_dir / "adapter", base, target, format=format,
+            allow_unchanged=recipe.export.allow_unchanged, max_shard_bytes=recipe.export.max_shard_bytes,
+        )  # fmt: skip
+        print(f"exported {format} to {target} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        if survival:
+            print_summary(survival)
+
+
+def _evaluate(recipe: Recipe, run_dir: Path, base: Path) -> int:
+    """Evaluate each variant that exists, in a process of its own; return the first exit code that is not 0."""
+    if not recipe.eval.tasks:
+        return 0
+    settings = recipe.eval
+    options = ["--tasks", ",".join(settings.tasks), "--effort", settings.effort, "--epochs", str(settings.epochs)]
+    options += ["--max-tokens", str(settings.max_tokens), "--temperature", str(settings.temperature)]
+    options += ["--limit", str(settings.limit)] if settings.limit else []
+    options += ["--header", settings.header] if settings.header else []
+    options += ["--dtype", recipe.model.dtype, "--device", recipe.model.device]
+    options += ["--date", recipe.data.date] if recipe.data.date else []
+    for task, path in settings.data.items():
+        options += ["--data", f"{task}={builtin.path(path)}"]
+    codes = []
+    for variant in settings.variants:
+        if variant == "model" and "mxfp4" not in recipe.export.formats:
+            print("eval: no MXFP4 export in this recipe, so the variant `model` is not evaluated", file=sys.stderr)
+            continue
+        print(f"evaluating {variant}", file=sys.stderr)
+        codes.append(_evals(["run", str(run_dir), "--variant", variant, *options]))
+    return next((code for code in codes if code), 0)
+
+
+def _evals(arguments: list[str]) -> int:
+    """Run `python -m evals` as a child and return its exit code."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "RANK", "LOCAL_RANK"))}
+    environment.pop("WORLD_SIZE", None)
+    return subprocess.run([sys.executable, "-m", "evals", *arguments], env=environment, check=False).returncode
+
+
+def _print_places(run_dir: Path) -> None:
+    places = {
+        "adapter": "PEFT adapter: stock peft + transformers load it over the base",
+        "model": "fine-tuned MXFP4 checkpoint: vLLM, SGLang, transformers and gptoss-infer load it",
+        "model-bf16": "bf16 merge",
+        "evals": "every answer, by variant",
+        "metrics.jsonl": "every curve",
+        "recipe.yaml": "the resolved recipe: enough to repeat the run",
+        "report.html": "loss curve and comparison in one file",
+    }
+    print()
+    for name, meaning in places.items():
+        if (run_dir / name).exists():
+            print(f"  {run_dir / name}: {meaning}")

@@ -1,0 +1,200 @@
+"""Runs an evaluation: asks the engine, grades, and appends one record per sample until all are there.
+
+Used by `gptoss-eval run`. What the engine cannot answer becomes an infra_error record with the engine's message, and
+the next run over the same directory asks it again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from evals.prompts import Prompter
+from evals.records import Key, Record, append, appending, read_records
+from evals.settings import Question, Settings
+from evals.task import Outcome
+from gptoss_infer.errors import Terminated
+
+if TYPE_CHECKING:
+    from gptoss_infer.engine import Completion, SamplingParams
+
+_PROGRESS_INTERVAL_S = 10.0
+
+
+class Generator(Protocol):
+    """The part of `gptoss_infer.engine.Engine` that an evaluation needs."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[Completion]:
+        """Yield one completion per prompt, in order."""
+
+
+def ask_all(
+    directory: Path,
+    wanted: Sequence[Question],
+    settings: Settings,
+    *,
+    load_engine: Callable[[], Generator],
+    batch: int,
+) -> dict[Key, Record]:
+    """Ask what has no record yet or ended in an infra_error; returns the records of all of `wanted`.
+
+    The engine is loaded only if something is left to ask. On SIGINT and SIGTERM what is done is on disk, and a note
+    says how to go on.
+    """
+    done = read_records(directory)
+    pending = [question for question in wanted if _needs_asking(done.get(_key(question)))]
+    if len(pending) < len(wanted):
+        rest = f"asking the other {len(pending)}" if pending else "nothing is left to ask"
+        print(f"{directory}: {len(wanted) - len(pending)} of {len(wanted)} samples are done, {rest}", file=sys.stderr)
+    if pending:
+        with appending(directory) as file:
+            try:
+                _ask(file, pending, settings, engine=load_engine(), batch=batch)
+            except (KeyboardInterrupt, Terminated):
+                print(f"\nwhat is done is in {directory}; the same command goes on from there", file=sys.stderr)
+                raise
+        done = read_records(directory)
+    return {key: done[key] for key in map(_key, wanted)}
+
+
+def _ask(file: BinaryIO, pending: Sequence[Question], settings: Settings, *, engine: Generator, batch: int) -> None:
+    prompter = Prompter(date=settings.date, header=settings.header)
+    progress = _Progress(len(pending))
+    for start in range(0, len(pending), batch):
+        for question, prompt, result in _answers(engine, prompter, pending[start : start + batch], settings):
+            if isinstance(result, Exception):
+                record = _unanswered(question, prompt, settings, f"{type(result).__name__}: {result}")
+            else:
+                record = _answered(question, prompt, settings, result, prompter)
+            append(file, record)
+            progress.add(record)
+    progress.finish()
+
+
+def _answers(
+    engine: Generator, prompter: Prompter, batch: Sequence[Question], settings: Settings
+) -> Iterator[tuple[Question, list[int], Completion | Exception]]:
+    """Yield every question of a batch with its prompt and what became of it.
+
+    Where the engine raises, the questions that it had not answered are asked one at a time, so that one bad prompt or a
+    batch too large for the memory does not fail its neighbours.
+    """
+    from gptoss_infer.engine import SamplingParams
+
+    prompts = [prompter.render(question) for question in batch]
+    params = [
+        SamplingParams(
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=question.seed(settings.seed),
+        )
+        for question in batch
+    ]
+    answered = 0
+    try:
+        for completion in engine.generate(prompts, params):
+            yield batch[answered], prompts[answered], completion
+            answered += 1
+        if answered < len(batch):
+            raise RuntimeError(f"the engine answered {answered} of {len(batch)} prompts")
+    except (
+        Exception
+    ) as error:  # whatever the engine raises is an infra_error of these samples, recorded with its message
+        if len(batch) == 1:
+            yield batch[0], prompts[0], error
+            return
+        print(
+            f"a batch of {len(batch)} failed ({type(error).__name__}: {error}); asking one at a time", file=sys.stderr
+        )
+        for question in batch[answered:]:
+            yield from _answers(engine, prompter, [question], settings)
+
+
+def _answered(
+    question: Question, prompt: list[int], settings: Settings, completion: Completion, prompter: Prompter
+) -> Record:
+    reading = prompter.read(question, completion)
+    grade = reading.grade
+    return replace(
+        _unanswered(question, prompt, settings, grade.explanation if grade.outcome is Outcome.INFRA_ERROR else None),
+        outcome=grade.outcome,
+        answer=grade.answer,
+        explanation=grade.explanation,
+        well_formed=reading.well_formed,
+        defects=reading.defects,
+        finish_reason=completion.finish_reason,
+        completion_tokens=len(completion.token_ids),
+        messages=reading.messages,
+        token_ids=list(completion.token_ids),
+    )
+
+
+def _unanswered(question: Question, prompt: list[int], settings: Settings, error: str | None) -> Record:
+    """The record of a question that the engine failed on."""
+    messages = question.sample.chat["messages"]
+    return Record(
+        task=question.task.name,
+        effort=question.effort,
+        sample_id=question.sample.id,
+        epoch=question.epoch,
+        seed=question.seed(settings.seed),
+        outcome=Outcome.INFRA_ERROR,
+        answer=None,
+        gold=question.sample.gold,
+        explanation="the engine failed",
+        well_formed=False,
+        defects=[],
+        finish_reason=None,
+        prompt_tokens=len(prompt),
+        completion_tokens=0,
+        prompt=messages if isinstance(messages, list) else [],
+        messages=[],
+        token_ids=[],
+        error=error,
+    )
+
+
+def _key(question: Question) -> Key:
+    return Key(question.task.name, question.effort, question.sample.id, question.epoch)
+
+
+def _needs_asking(record: Record | None) -> bool:
+    return record is None or record.outcome is Outcome.INFRA_ERROR
+
+
+class _Progress:
+    """A line on stderr about how far the run is: rewritten on a terminal, every ten seconds elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.tokens, self.correct = total, 0, 0, 0
+        self.start = self.shown = time.monotonic()
+        self.rewrites = sys.stderr.isatty()
+
+    def add(self, record: Record) -> None:
+        """Count a record, and show the line where it is due."""
+        self.done += 1
+        self.tokens += record.completion_tokens
+        self.correct += record.outcome is Outcome.CORRECT
+        if self.rewrites or time.monotonic() - self.shown >= _PROGRESS_INTERVAL_S:
+            self._show(end="\r" if self.rewrites else "\n")
+
+    def finish(self) -> None:
+        """Show the last line."""
+        self._show(end="\n")
+
+    def _show(self, end: str) -> None:
+        self.shown = time.monotonic()
+        elapsed_s = max(self.shown - self.start, 1e-9)
+        left_s = elapsed_s / max(self.done, 1) * (self.total - self.done)
+        print(
+            f"{self.done}/{self.total} samples, {self.correct} correct, {self.tokens / elapsed_s:,.0f} tokens/s, "
+            f"{left_s:,.0f} s left   ",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )

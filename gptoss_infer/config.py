@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gptoss_infer.errors import DataError
 
@@ -35,6 +35,12 @@ class RopeConfig:
     beta_slow: float = 1.0
     original_max_position_embeddings: int = 4096
     truncate: bool = False  # True rounds the ramp's ends to whole dimensions; gpt-oss does not
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no frequencies."""
+        for name in ("theta", "factor", "beta_fast", "beta_slow", "original_max_position_embeddings"):
+            if getattr(self, name) <= 0:
+                raise DataError(f"config: RoPE's {name} is {getattr(self, name)}, expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -100,21 +106,27 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
             raise DataError(f"{source}: {name} is {named[name]!r}, expected an integer")
     layers = named["num_hidden_layers"]
     default_types = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(layers)]
-    layer_types = tuple(named.get("layer_types") or default_types)
-    unknown = set(layer_types) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise DataError(f"{source}: layer_types holds {sorted(unknown)}, expected sliding_attention or full_attention")
+    layer_types: Any = named.get("layer_types") or default_types
+    if not isinstance(layer_types, list) or any(t not in get_args(LayerType) for t in layer_types):
+        raise DataError(f"{source}: layer_types is {layer_types!r}, expected one of {get_args(LayerType)} per layer")
     try:
         return ModelConfig(
             **{name: named[name] for name in REQUIRED},
-            layer_types=layer_types,
+            layer_types=tuple(layer_types),
             rope=_parse_rope(named, source),
-            rms_norm_eps=float(named.get("rms_norm_eps", 1e-5)),
-            swiglu_limit=float(named.get("swiglu_limit", 7.0)),
-            swiglu_alpha=float(named.get("swiglu_alpha", 1.702)),
+            rms_norm_eps=_number(named, "rms_norm_eps", 1e-5, source),
+            swiglu_limit=_number(named, "swiglu_limit", 7.0, source),
+            swiglu_alpha=_number(named, "swiglu_alpha", 1.702, source),
         )
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None, source: str) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:  # NaN neither
+        raise DataError(f"{source}: {key} is {value!r}, expected a number")
+    return float(value)
 
 
 def _refuse_other_architectures(raw: dict[str, Any], source: str) -> None:
@@ -133,20 +145,26 @@ def _refuse_other_architectures(raw: dict[str, Any], source: str) -> None:
 def _parse_rope(raw: dict[str, Any], source: str) -> RopeConfig:
     """Read the three spellings: original's flat keys, `rope_scaling` + `rope_theta`, `rope_parameters`."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 150000.0)))
+    if not isinstance(rope, dict):
+        raise DataError(f"{source}: RoPE is {rope!r}, expected an object with rope_type")
+    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", 150000.0, source)
     if "rope_scaling_factor" in raw:
         return RopeConfig(
             theta=theta,
-            factor=float(raw["rope_scaling_factor"]),
-            beta_fast=float(raw.get("rope_ntk_beta", 32.0)),
-            beta_slow=float(raw.get("rope_ntk_alpha", 1.0)),
-            original_max_position_embeddings=int(raw.get("initial_context_length", 4096)),
+            factor=_number(raw, "rope_scaling_factor", None, source),
+            beta_fast=_number(raw, "rope_ntk_beta", 32.0, source),
+            beta_slow=_number(raw, "rope_ntk_alpha", 1.0, source),
+            original_max_position_embeddings=int(_number(raw, "initial_context_length", 4096, source)),
+        )
+    if not rope:
+        raise DataError(
+            f"{source}: says nothing of RoPE, where transformers assumes gpt-oss-20b's YaRN; add rope_parameters, "
+            'such as {"rope_type": "yarn", "factor": 32.0, "rope_theta": 150000, ...} or {"rope_type": "default"}'
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return RopeConfig(
-            theta=theta, factor=1.0, original_max_position_embeddings=int(raw.get("max_position_embeddings", 131072))
-        )
+        context = int(_number(raw, "max_position_embeddings", 131072, source))
+        return RopeConfig(theta=theta, factor=1.0, original_max_position_embeddings=context)
     known = {"rope_type", "type", "rope_theta", "factor", "beta_fast", "beta_slow", "truncate",
              "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"}  # fmt: skip
     if kind != "yarn" or set(rope) - known or any(rope.get(k) for k in ("attention_factor", "mscale", "mscale_all_dim")):
@@ -154,14 +172,15 @@ def _parse_rope(raw: dict[str, Any], source: str) -> RopeConfig:
             f"{source}: RoPE {rope!r} is not supported; expected rope_type 'yarn' (factor, beta_fast, beta_slow, "
             "original_max_position_embeddings, truncate) or 'default'"
         )
+    original = _number(raw, "initial_context_length", 4096, source)
+    if rope.get("original_max_position_embeddings"):
+        original = _number(rope, "original_max_position_embeddings", None, source)
     return RopeConfig(
         theta=theta,
-        factor=float(rope["factor"]),
-        beta_fast=float(rope.get("beta_fast", 32.0)),
-        beta_slow=float(rope.get("beta_slow", 1.0)),
-        original_max_position_embeddings=int(
-            rope.get("original_max_position_embeddings") or raw.get("initial_context_length", 4096)
-        ),
+        factor=_number(rope, "factor", None, source),
+        beta_fast=_number(rope, "beta_fast", 32.0, source),
+        beta_slow=_number(rope, "beta_slow", 1.0, source),
+        original_max_position_embeddings=int(original),
         truncate=bool(rope.get("truncate", True)),  # absent means True in transformers
     )
 
@@ -177,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing; a checkpoint directory holds config.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}; fetch the file again") from None
     if not isinstance(value, dict):
         raise DataError(f"{path} holds a {type(value).__name__}, expected a JSON object")

@@ -39,7 +39,7 @@ class SamplingParams:
         """Refuse values that mean nothing."""
         if self.max_tokens < 1 or self.n < 1:
             raise UsageError(f"max_tokens {self.max_tokens} and n {self.n} must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):  # NaN neither
             raise UsageError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
 
 

@@ -7,6 +7,7 @@ capability of the machine; 4 bad data or checkpoint; 130 and 143 on SIGINT and S
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -44,12 +45,17 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     """Run `main(argv)` and return its exit code; a user's error is printed as one message, without a traceback."""
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        return main(sys.argv[1:] if argv is None else argv)
+        code = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a full disk or a closed pipe behind stdout is still reported
+        return code
     except (UsageError, MachineError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read stdout has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 1
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"error: no space left on the device ({error}); free some or choose another directory. "
                   "What was being written has been removed; finished outputs are untouched.", file=sys.stderr)
             return MachineError.exit_code

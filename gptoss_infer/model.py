@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptoss_infer import mxfp4
+from gptoss_infer import kernels, mxfp4
 from gptoss_infer.config import ModelConfig, RopeConfig
 
 
@@ -127,13 +127,13 @@ class _DecodedLinear(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
         """(N, in), (out, G, 16), (out, G) -> (N, out)."""
         ctx.save_for_backward(blocks, scales)
-        return x @ mxfp4.decode(blocks, scales, x.dtype).T
+        return x @ kernels.decode(blocks, scales, x.dtype).T
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Return the gradient to x; the bytes have none."""
         blocks, scales = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0] @ mxfp4.decode(blocks, scales, grads[0].dtype), None, None
+        return grads[0] @ kernels.decode(blocks, scales, grads[0].dtype), None, None
 
 
 class ExpertLinear(nn.Module):

@@ -52,7 +52,7 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
     Returns: (..., 32 G) in `dtype`, on the device of `blocks`.
     Raises: ValueError if shapes or dtypes disagree.
     """
-    _check_pair(blocks, scales)
+    check_pair(blocks, scales)
     # One gather of a two-element word per byte: the words of a (256, 2) table viewed as integers.
     word = {2: torch.int32, 4: torch.int64}.get(dtype.itemsize)
     table = pair_values(dtype, blocks.device)
@@ -85,7 +85,7 @@ def encode(weights: Tensor, like: tuple[Tensor, Tensor] | None = None) -> tuple[
     flat = x.reshape(-1, BLOCK)  # (N, 32)
     base: tuple[Tensor, Tensor] | None = None
     if like is not None:
-        _check_pair(*like)
+        check_pair(*like)
         if like[1].shape != x.shape[:-1]:
             raise ValueError(f"`like` has scales of shape {tuple(like[1].shape)}, expected {tuple(x.shape[:-1])}")
         base = like[0].reshape(-1, BLOCK // 2), like[1].reshape(-1)
@@ -106,7 +106,7 @@ def _encode_chunk(x: Tensor, like: tuple[Tensor, Tensor] | None) -> tuple[Tensor
         return pack(round_to_codes(x, scales)), scales
     scales = _least_error(x, [like[1].clamp_max(SCALE_NAN - 1), first, larger])
     blocks = pack(round_to_codes(x, scales))
-    kept = (decode(*like, dtype=x.dtype) == x).all(-1)  # (N,)
+    kept = (decode(*like, dtype=x.dtype).view_as(x) == x).all(-1)  # (N,)
     return torch.where(kept.unsqueeze(-1), like[0], blocks), torch.where(kept, like[1], scales)
 
 
@@ -158,7 +158,8 @@ def pack(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def _check_pair(blocks: Tensor, scales: Tensor) -> None:
+def check_pair(blocks: Tensor, scales: Tensor) -> None:
+    """Raise ValueError unless these are uint8 (..., G, 16) and uint8 (..., G)."""
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise ValueError(f"blocks and scales are {blocks.dtype} and {scales.dtype}, expected uint8")
     if blocks.shape != (*scales.shape, BLOCK // 2):

@@ -7,6 +7,7 @@ same place removes. `MANIFEST.json` holds the sha256 of every file, so that a fl
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -27,10 +28,10 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     Raises: UsageError if `target` exists and `overwrite` is False (nothing is ever replaced unasked).
     """
     target = Path(os.path.abspath(target))
+    _remove_leftovers(target)  # first: it may bring back an old target
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists; choose another output or pass --overwrite")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     partial = target.parent / f".{target.name}.tmp-{os.getpid()}"
     partial.mkdir()
     try:
@@ -61,18 +62,21 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what killed processes left beside `target`; bring back an old target that a kill left aside."""
-    for old in target.parent.glob(f".{target.name}.old-*"):
-        if not target.exists() and not _alive(old):
+    for old in _leftovers(target, "old"):
+        if not target.exists():
             os.rename(old, target)
-    for leftover in (*target.parent.glob(f".{target.name}.tmp-*"), *target.parent.glob(f".{target.name}.old-*")):
-        if not _alive(leftover):
-            shutil.rmtree(leftover)
+    for leftover in (*_leftovers(target, "tmp"), *_leftovers(target, "old")):
+        shutil.rmtree(leftover)
 
 
-def _alive(leftover: Path) -> bool:
-    """Return whether the process named in the suffix runs (another one than this)."""
-    pid = int(leftover.name.rpartition("-")[2])
-    return pid != os.getpid() and Path(f"/proc/{pid}").exists()
+def _leftovers(target: Path, kind: str) -> list[Path]:
+    """Return the `.NAME.KIND-PID` beside `target` whose process is gone (or is this one, which holds none)."""
+    found = []
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):
+            found.append(path)
+    return found
 
 
 def file_sha256(path: Path) -> str:
@@ -100,8 +104,8 @@ def verify_manifest(directory: Path) -> bool:
     if not path.exists():
         return False
     try:
-        listed: dict[str, str] = json.loads(path.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = dict(json.loads(path.read_text())["sha256"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); restore the directory from its source") from None
     bad = []
     for name, expected in listed.items():

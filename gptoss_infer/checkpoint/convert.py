@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from gptoss_infer.checkpoint.atomic import atomic_directory
 from gptoss_infer.checkpoint.layouts import EXPERT_WEIGHTS, Layout, expected_shapes, original_slot
 from gptoss_infer.checkpoint.reader import FLOATS, Checkpoint
 from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, Values, copy_other_files, write_checkpoint
-from gptoss_infer.config import parse_config, to_hf_json, to_original_json
-from gptoss_infer.errors import UsageError
+from gptoss_infer.config import parse_config, read_json, to_hf_json, to_original_json
+from gptoss_infer.errors import DataError, UsageError
 
 Target = Literal["hf", "original", "bf16"]
 # Beside an original/ config.json, which has no room for them: the fields that Hugging Face's file adds.
@@ -38,14 +39,13 @@ def convert(
         )
     with atomic_directory(target, overwrite=overwrite) as directory:
         copy_other_files(checkpoint.directory, directory)
+        (directory / HF_CONFIG).unlink(missing_ok=True)
         if to == "bf16":
             write_bf16(checkpoint, directory, max_shard_bytes=max_shard_bytes)
             return
-        (directory / HF_CONFIG).unlink(missing_ok=True)
         layout: Layout = "original" if to == "original" else "hf"
         if layout == "original":
             config = to_original_json(checkpoint.config)
-            (directory / HF_CONFIG).write_text(json.dumps(hf_config(checkpoint, quantized=True), indent=2) + "\n")
             specs, parts = _original_specs(checkpoint)
         else:
             config = hf_config(checkpoint, quantized=True)
@@ -56,6 +56,17 @@ def convert(
             return (checkpoint.tensor(part) for part in parts[name])
 
         write_checkpoint(directory, config, specs, read, layout=layout, max_shard_bytes=max_shard_bytes)
+        _keep_config_bytes(checkpoint, directory, layout)
+
+
+def _keep_config_bytes(checkpoint: Checkpoint, directory: Path, layout: Layout) -> None:
+    """Carry Hugging Face's config.json through both layouts byte by byte, so that hf -> original -> hf returns it."""
+    source = checkpoint.directory / ("config.json" if checkpoint.layout == "hf" else HF_CONFIG)
+    target = directory / ("config.json" if layout == "hf" else HF_CONFIG)
+    if source.exists():
+        shutil.copyfile(source, target)
+    elif layout == "original":
+        target.write_text(json.dumps(hf_config(checkpoint, quantized=True), indent=2) + "\n")
 
 
 def write_bf16(
@@ -103,7 +114,7 @@ def hf_config(checkpoint: Checkpoint, *, quantized: bool) -> dict[str, Any]:
         raw = dict(checkpoint.raw_config)
     else:
         side = checkpoint.directory / HF_CONFIG
-        raw = json.loads(side.read_text()) if side.exists() else to_hf_json(checkpoint.config, quantized=True)
+        raw = read_json(side) if side.exists() else to_hf_json(checkpoint.config, quantized=True)
         if parse_config(raw, str(side)) != checkpoint.config:
             raise UsageError(f"{side} and config.json describe different models; remove the wrong one")
     if not quantized:
@@ -124,6 +135,8 @@ def _original_specs(checkpoint: Checkpoint) -> tuple[list[TensorSpec], dict[str,
         target = original_slot(name, checkpoint.config).name
         spec = _spec(checkpoint, name, shape)
         rows = specs[target].shape[0] if target in specs else 0
+        if target in specs and specs[target].dtype != spec.dtype:
+            raise DataError(f"{name} is {spec.dtype}, but {specs[target].dtype} is what it would share {target} with")
         parts.setdefault(target, []).append(name)
         specs[target] = TensorSpec(target, (rows + shape[0], *shape[1:]), spec.dtype)
     return list(specs.values()), parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections import Counter
@@ -22,6 +23,9 @@ from gptoss_infer.errors import DataError, MachineError, UsageError
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors library
+# The dtypes of the safetensors format that peers use; what a checkpoint may hold is checked per tensor.
+DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+               "F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}  # fmt: skip
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -204,12 +208,23 @@ def read_header(file: Path) -> dict[str, Stored]:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
         header.pop("__metadata__", None)
         stored = {name: Stored(file, str(t["dtype"]), tuple(t["shape"])) for name, t in header.items()}
-        end = max((t["data_offsets"][1] for t in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} has a damaged header ({error}); fetch it again") from None
+        end = _check_offsets({name: t["data_offsets"] for name, t in header.items()}, stored)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file} has a damaged header ({type(error).__name__}: {error}); fetch it again") from None
     if 8 + length + end != size:
         raise DataError(f"{file} has {size} bytes, its header asks for {8 + length + end}; it is cut off: fetch it again")
     return stored
+
+
+def _check_offsets(offsets: dict[str, Any], stored: dict[str, Stored]) -> int:
+    """Return where the data ends; ValueError unless tensors follow each other without gap, each as long as its shape."""
+    end = 0
+    for name, (begin, stop) in sorted(offsets.items(), key=lambda item: item[1]):
+        size = math.prod(stored[name].shape) * DTYPE_BYTES[stored[name].dtype]
+        if [begin, stop] != [end, end + size]:
+            raise ValueError(f"{name} is at bytes {begin}..{stop}, expected {end}..{end + size}")
+        end = stop
+    return end
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def rewrite_checkpoint(source: Checkpoint, directory: Path, edit: Callable[[str,
                 values = torch.frombuffer(data, dtype=dtype).view(info["shape"]) if data else torch.empty(info["shape"])
                 edited = edit(name, values)
                 assert edited.shape == values.shape and edited.dtype == values.dtype, f"edit changed the form of {name}"
-                dst.write(data if edited is values else _bytes(edited))
+                dst.write(data if edited is values else tensor_bytes(edited))
 
 
 def copy_other_files(source: Path, directory: Path) -> None:
@@ -138,10 +138,10 @@ def _write_tensor(f: BinaryIO, spec: TensorSpec, values: Values) -> None:
     begin = f.tell()
     for part in (values,) if isinstance(values, Tensor) else values:
         assert part.dtype == spec.dtype, f"{spec.name}: got {part.dtype}, announced {spec.dtype}"
-        f.write(_bytes(part))
+        f.write(tensor_bytes(part))
     assert f.tell() - begin == spec.num_bytes, f"{spec.name}: wrote {f.tell() - begin} bytes, announced {spec.shape}"
 
 
-def _bytes(tensor: Tensor) -> bytes | memoryview:
+def tensor_bytes(tensor: Tensor) -> bytes | memoryview:
     """Return the values in little-endian row-major order."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,276 @@
+"""`gptoss-infer` (also `python -m gptoss_infer`): generate with a checkpoint, inspect or convert it, check the machine.
+
+    gptoss-infer generate openai/gpt-oss-20b "Why is the sky blue?" --effort low
+    gptoss-infer inspect runs/mine/model --against openai/gpt-oss-20b
+    gptoss-infer convert gpt-oss-20b gpt-oss-20b-original --to original
+    gptoss-infer doctor
+
+Here are the command lines alone; what they do is imported when it is needed, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gptoss_infer.errors import MachineError, UsageError, run_command
+
+if TYPE_CHECKING:
+    from gptoss_infer.engine import Completion, SamplingParams
+    from gptoss_infer.harmony import Parsed
+
+DIM, PLAIN = "\033[2m", "\033[0m"
+Commands = argparse._SubParsersAction  # of ArgumentParser; argparse has no public name for it
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    handler = {"generate": _generate, "inspect": _inspect, "convert": _convert, "doctor": _doctor}[arguments.command]
+    return handler(arguments)
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(run_command(main))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gptoss-infer", description="Run and handle gpt-oss checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_inspect(commands)
+    _add_convert(commands)
+    doctor = _add(
+        commands, "doctor", "say what this machine can do, and what to do about what it cannot", "gptoss-infer doctor"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the result as JSON only")
+    return parser
+
+
+def _add(commands: Commands[argparse.ArgumentParser], name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {example}")
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or hub id[@revision]")
+
+
+def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
+    generate = _add(
+        commands,
+        "generate",
+        "answer one prompt: the final message on stdout, reasoning on stderr",
+        "gptoss-infer generate openai/gpt-oss-20b 'Why is the sky blue?' --effort low --max-tokens 512",
+    )
+    _add_checkpoint(generate)
+    generate.add_argument("prompt", help="what the user says")
+    generate.add_argument("--system", metavar="TEXT", help="instructions, put into harmony's developer message")
+    generate.add_argument("--effort", choices=("low", "medium", "high"), default="medium", help="of reasoning (medium)")
+    generate.add_argument("--date", help="current date the model reads, YYYY-MM-DD (default: none is told)")
+    generate.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="longest answer (1024)")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0, as in the model card)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0)")
+    generate.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next seed (0)")
+    generate.add_argument("--n", type=int, default=1, help="number of samples (1)")
+    generate.add_argument("--adapter", metavar="DIR", help="PEFT adapter over the checkpoint")
+    generate.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
+    )
+    generate.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (bfloat16)"
+    )
+    generate.add_argument("--show-analysis", action="store_true", help="print reasoning even if stderr is no terminal")
+    form = generate.add_mutually_exclusive_group()
+    form.add_argument("--raw", action="store_true", help="print the tokens as text, special ones included")
+    form.add_argument("--json", action="store_true", help="print one JSON object per sample")
+    generate.add_argument("--logprobs", action="store_true", help="with --json: log-probability of each token")
+
+
+def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
+    inspect = _add(
+        commands,
+        "inspect",
+        "check a checkpoint against its config and manifest, and say what it holds",
+        "gptoss-infer inspect runs/mine/model --against openai/gpt-oss-20b",
+    )
+    _add_checkpoint(inspect)
+    inspect.add_argument("--against", metavar="BASE", help="another checkpoint, in any layout: which tensors differ")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--json", action="store_true", help="print the result as JSON only")
+
+
+def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
+    convert = _add(
+        commands,
+        "convert",
+        "write a checkpoint in another layout, without rounding anything",
+        "gptoss-infer convert openai/gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
+    )
+    convert.add_argument("source", metavar="SRC", help="checkpoint directory, or hub id[@revision]")
+    convert.add_argument("target", metavar="DST", type=Path, help="new directory; complete or absent afterwards")
+    convert.add_argument(
+        "--to", required=True, choices=("hf", "original", "bf16"),
+        help="hf: Hugging Face's MXFP4 layout; original: OpenAI's; bf16: Hugging Face's with experts expanded",
+    )  # fmt: skip
+    convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    convert.add_argument(
+        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="size of a weight file (5000000000)"
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt, params = _prompt_and_params(arguments)
+
+    import torch
+
+    from gptoss_infer.engine import Engine
+
+    print(f"loading {arguments.checkpoint}", file=sys.stderr)
+    engine = Engine.from_checkpoint(
+        arguments.checkpoint,
+        adapter=arguments.adapter,
+        device=arguments.device,
+        dtype=torch.float32 if arguments.dtype == "float32" else torch.bfloat16,
+    )
+    start = time.perf_counter()
+    num_tokens = 0
+    for completion in engine.generate([prompt], params):
+        num_tokens += len(completion.token_ids)
+        _print_sample(completion, arguments)
+    elapsed = time.perf_counter() - start
+    print(f"{num_tokens} tokens in {elapsed:.1f} s ({num_tokens / elapsed:.1f} tokens/s)", file=sys.stderr)
+    return 0
+
+
+def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], SamplingParams]:
+    """Check all that can be wrong before gigabytes are loaded."""
+    if arguments.logprobs and not arguments.json:
+        raise UsageError("--logprobs goes with --json; there is no place for them in plain text")
+    if arguments.n > 1 and arguments.temperature == 0:
+        raise UsageError(
+            f"--n {arguments.n} with --temperature 0 would give equal samples; choose a temperature above 0"
+        )
+
+    from gptoss_infer import harmony
+    from gptoss_infer.engine import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        n=arguments.n,
+        logprobs=arguments.logprobs,
+    )
+    messages = [{"role": "user", "content": arguments.prompt}]
+    if arguments.system is not None:
+        messages.insert(0, {"role": "system", "content": arguments.system})
+    conversation = harmony.conversation_from_chat(
+        {"messages": messages}, date=arguments.date, reasoning_effort=arguments.effort
+    )
+    return harmony.render(conversation, completion=True).token_ids, params
+
+
+def _print_sample(completion: Completion, arguments: argparse.Namespace) -> None:
+    from gptoss_infer import harmony
+
+    if arguments.n > 1 and not arguments.json:
+        print(f"--- sample {completion.sample_index + 1} of {arguments.n}")
+    if arguments.raw:
+        print(harmony.decode(completion.token_ids))
+        return
+    parsed = harmony.parse(completion.token_ids)
+    if arguments.json:
+        print(json.dumps(_sample_json(completion, parsed), ensure_ascii=False))
+        return
+    on_terminal = sys.stderr.isatty()
+    for message in parsed.messages:
+        if message.channel != "final" and (on_terminal or arguments.show_analysis):
+            text = f"[{message.channel or 'no channel'}] {message.content}"
+            print(f"{DIM}{text}{PLAIN}" if on_terminal else text, file=sys.stderr)
+    if parsed.final is not None:
+        print(parsed.final)
+    if parsed.final is None or not parsed.well_formed:
+        found = f"{'no final message' if parsed.final is None else 'incomplete or irregular'}: "
+        found += f"ended by {completion.finish_reason} after {len(completion.token_ids)} tokens"
+        print(f"{found}; defects: {', '.join(parsed.defects) or 'none'}; see all with --raw", file=sys.stderr)
+
+
+def _sample_json(completion: Completion, parsed: Parsed) -> dict[str, Any]:
+    sample = {
+        "sample": completion.sample_index,
+        "finish_reason": completion.finish_reason,
+        "final": parsed.final,
+        "messages": [asdict(message) for message in parsed.messages],
+        "tool_calls": [call._asdict() for call in parsed.tool_calls],
+        "defects": parsed.defects,
+        "token_ids": completion.token_ids,
+    }
+    return sample if completion.logprobs is None else sample | {"logprobs": completion.logprobs}
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from gptoss_infer.checkpoint import Checkpoint, resolve
+    from gptoss_infer.checkpoint import inspect as look
+
+    checkpoint, summary = look.inspect(resolve(arguments.checkpoint))
+    table = look.tensor_table(checkpoint) if arguments.tensors else None
+    comparison = None
+    if arguments.against is not None:
+        comparison = look.compare(checkpoint, Checkpoint.open(resolve(arguments.against)))
+    if arguments.json:
+        result = asdict(summary)
+        if table is not None:
+            result["tensors"] = [row._asdict() for row in table]
+        if comparison is not None:
+            result["against"] = asdict(comparison)
+        print(json.dumps(result))
+        return 0
+    for line in look.summary_lines(summary):
+        print(line)
+    for line in look.table_lines(table) if table is not None else ():
+        print(line)
+    for line in look.comparison_lines(comparison) if comparison is not None else ():
+        print(line)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    if arguments.max_shard_bytes < 1:
+        raise UsageError(f"--max-shard-bytes is {arguments.max_shard_bytes}, expected at least 1")
+
+    from gptoss_infer.checkpoint import resolve
+    from gptoss_infer.checkpoint.convert import convert
+
+    convert(
+        resolve(arguments.source),
+        arguments.target,
+        arguments.to,
+        overwrite=arguments.overwrite,
+        max_shard_bytes=arguments.max_shard_bytes,
+    )
+    print(arguments.target)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from gptoss_infer.doctor import examine, lines
+
+    checks = examine()
+    if arguments.json:
+        print(json.dumps([asdict(check) for check in checks]))
+    else:
+        for line in lines(checks):
+            print(line)
+    return MachineError.exit_code if any(check.status == "missing" for check in checks) else 0
+
+
+if __name__ == "__main__":
+    entry()

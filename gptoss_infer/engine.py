@@ -6,6 +6,7 @@ batch size and neighbours change results only as far as they change the rounding
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,13 +15,24 @@ import torch
 from torch import Tensor
 
 from gptoss_infer.cache import KVCache
+from gptoss_infer.checkpoint import Checkpoint, resolve
 from gptoss_infer.errors import UsageError
 from gptoss_infer.harmony import STOP_TOKENS
-from gptoss_infer.loading import load
+from gptoss_infer.loading import load, pick_device
 from gptoss_infer.model import GptOss
 
 FinishReason = Literal["stop", "length", "cancelled"]
 PREFILL_CHUNK_TOKENS = 512  # bounds attention scores to (B, H, 512, S)
+
+
+def _form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
+    """Return how `auto` holds the experts of a checkpoint."""
+    if checkpoint.experts == "bf16" or pick_device(device).type != "cpu":
+        return checkpoint.experts
+    config = checkpoint.config
+    weights = 3 * config.num_hidden_layers * config.num_local_experts * config.hidden_size * config.intermediate_size
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return "bf16" if weights * dtype.itemsize < free_bytes / 2 else "mxfp4"
 
 
 @dataclass(frozen=True)
@@ -90,11 +102,15 @@ class Engine:
         experts: Literal["mxfp4", "bf16", "auto"] = "auto",
         max_batch: int = 32,
     ) -> Engine:
-        """Load a checkpoint, and a PEFT adapter over it if given; `experts` auto keeps what the checkpoint has."""
-        from gptoss_infer.checkpoint import Checkpoint, resolve
+        """Load a checkpoint, and a PEFT adapter over it if given.
 
+        Args:
+            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU; on a CPU, where decoding an expert costs far
+                more than multiplying a few tokens by it, it expands them if that takes less than half of the free memory.
+        """
         opened = Checkpoint.open(resolve(checkpoint))
-        model = load(opened, device=device, dtype=dtype, experts=opened.experts if experts == "auto" else experts)
+        form = _form_for(opened, device, dtype) if experts == "auto" else experts
+        model = load(opened, device=device, dtype=dtype, experts=form)
         if adapter is not None:
             from gptoss_infer.lora import load_adapter  # brings peft
 

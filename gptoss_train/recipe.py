@@ -43,8 +43,8 @@ def _iso_date(text: str) -> str:
 
 
 def _known_builtin(text: str) -> str:
-    if text.startswith("builtin:") and text != "builtin:addition":
-        raise ValueError("the only built-in is builtin:addition")
+    if text.startswith("builtin:") and text.partition("/")[0] != "builtin:addition":
+        raise ValueError("the only built-in is builtin:addition, with files such as builtin:addition/train.jsonl")
     return text
 
 

@@ -1,7 +1,7 @@
 """The gpt-oss models and their formats: config, MXFP4, checkpoints, harmony, the model, and an engine to run it.
 
-Imports nothing of the sibling packages. Public names are imported on first use, so that a command's `--help` and the light
-modules (errors, config) do not pay for torch.
+Imports nothing of the sibling packages. Public names are imported on first use, so that a command's `--help` and the
+light modules (errors, config) do not pay for torch.
 """
 
 from __future__ import annotations

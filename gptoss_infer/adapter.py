@@ -1,9 +1,9 @@
 """LoRA adapters on disk in PEFT's format, read into plain tensors and written back; needs no PEFT.
 
-Stock `peft` over stock `transformers` loads what is written here, and what it writes is read. PEFT addresses the experts
-through `target_parameters`: per layer it nests one wrapper for `down_proj` around one for `gate_up_proj`, stores A with rows
-ordered (expert, rank) and B with columns ordered (rank, expert). Anything in an adapter that has no place here is an
-error: an adapter is loaded whole or not at all.
+Stock `peft` over stock `transformers` loads what is written here, and what it writes is read. PEFT addresses the
+experts through `target_parameters`: per layer it nests one wrapper for `down_proj` around one for `gate_up_proj`,
+stores A with rows ordered (expert, rank) and B with columns ordered (rank, expert). Anything in an adapter that has no
+place here is an error: an adapter is loaded whole or not at all.
 Source: peft 0.21 `ParamWrapper`, checked against it in tests.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ KEY = re.compile(
 # Options of PEFT that change what an adapter computes and that nothing here implements.
 UNSUPPORTED = (
     "use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "use_qalora",
-    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config", "velora_config",
-    "kasa_config", "monteclora_config",
+    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "arrow_config",
+    "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class Target(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """W' = W + scaling B A, with W (out, in). Attention: A (r, in), B (out, r); experts: A (E, r, in), B (E, out, r)."""
+    """W' = W + scaling B A, W (out, in). Attention: A (r, in), B (out, r); experts: A (E, r, in), B (E, out, r)."""
 
     a: Tensor
     b: Tensor
@@ -98,17 +99,21 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
     directory = Path(directory)
     raw = read_json(directory / CONFIG)
     if raw.get("peft_type") != "LORA":
-        raise DataError(f"{directory / CONFIG}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are supported")
+        raise DataError(
+            f"{directory / CONFIG}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are supported"
+        )
     used = [key for key in UNSUPPORTED if raw.get(key)]
     if used or raw.get("bias", "none") != "none":
         raise DataError(
-            f"{directory / CONFIG}: {', '.join(used) or 'bias'} is set, which is not supported here; merging without it "
-            "would give another model. Merge with the tool that wrote the adapter."
+            f"{directory / CONFIG}: {', '.join(used) or 'bias'} is set, which is not supported here; merging without "
+            "it would give another model. Merge with the tool that wrote the adapter."
         )
     try:
         tensors = load_file(directory / WEIGHTS)
     except FileNotFoundError:
-        raise DataError(f"{directory / WEIGHTS} is missing; give the directory that peft's save_pretrained wrote") from None
+        raise DataError(
+            f"{directory / WEIGHTS} is missing; give the directory that peft's save_pretrained wrote"
+        ) from None
     except SafetensorError as error:
         raise DataError(f"{directory / WEIGHTS} is damaged ({error}); copy it again") from None
     factors = dict(_collect(tensors, raw, config, directory))
@@ -137,17 +142,20 @@ def _collect(
         found.setdefault(Target(layer, weight), {})[match["side"]] = tensor
     if unknown:
         raise DataError(
-            f"{directory / WEIGHTS}: {len(unknown)} tensors have no place in a {config.num_hidden_layers}-layer gpt-oss model, "
-            f"such as {unknown[0]}; supported are {', '.join(ATTENTION)} and the experts' {' and '.join(EXPERTS)}"
+            f"{directory / WEIGHTS}: {len(unknown)} tensors have no place in a {config.num_hidden_layers}-layer "
+            f"gpt-oss model, such as {unknown[0]}; supported are {', '.join(ATTENTION)} and the experts' "
+            f"{' and '.join(EXPERTS)}"
         )
     for target, sides in sorted(found.items()):
         if sides.keys() != {"A", "B"}:
-            raise DataError(f"{directory / WEIGHTS}: {target.module} has lora_{'B' if 'B' in sides else 'A'} only; copy it again")
+            raise DataError(
+                f"{directory / WEIGHTS}: {target.module} has lora_{'B' if 'B' in sides else 'A'} only; copy it again"
+            )
         yield target, _checked(target, sides["A"], sides["B"], int(raw["r"]), config, directory)
 
 
 def _expert_weight(raw: dict[str, Any], nested: bool, inner: bool, directory: Path) -> str:
-    """Say which projection a wrapper of the experts adapts: PEFT keeps that in its config, not in the tensors' names."""
+    """Say which projection a wrapper of the experts adapts: PEFT keeps that in its config, not in tensors' names."""
     listed = {str(name).rpartition(".")[2] for name in raw.get("target_parameters") or []} & set(EXPERTS)
     if nested:
         return "gate_up_proj" if inner else "down_proj"
@@ -193,7 +201,7 @@ def write_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, in), (out, r E)
         tensors[f"{prefix}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = b.detach().cpu().contiguous()
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(directory / WEIGHTS, tensors)
     raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -208,6 +216,18 @@ def write_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
         "target_parameters": _listed(adapter.factors, EXPERTS, "mlp.experts", config),
     }
     (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; a full disk is an OSError, which the library hides in an error of its own."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        cause = re.search(r"\(os error (\d+)\)", str(error))
+        if cause is None:
+            raise
+        number = int(cause[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _listed(targets: Iterable[Target], weights: tuple[str, ...], owner: str, config: ModelConfig) -> list[str]:

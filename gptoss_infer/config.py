@@ -1,8 +1,8 @@
 """The architecture of a gpt-oss checkpoint as one typed object, read from and written to either `config.json` spelling.
 
-Hugging Face's and OpenAI's (`original/config.json`) files name a few fields differently; transformers 5 nests RoPE under
-`rope_parameters` where earlier releases had `rope_scaling` and `rope_theta`. All are read here. What this architecture
-cannot express (another activation, tied embeddings, another RoPE type) is refused rather than ignored.
+Hugging Face's and OpenAI's (`original/config.json`) files name a few fields differently; transformers 5 nests RoPE
+under `rope_parameters` where earlier releases had `rope_scaling` and `rope_theta`. All are read here. What this
+architecture cannot express (another activation, tied embeddings, another RoPE type) is refused rather than ignored.
 Sources: openai/gpt-oss model card (arXiv 2508.10925), `ModelConfig` of the reference code, transformers' GptOssConfig.
 """
 
@@ -75,11 +75,13 @@ class ModelConfig:
             )
         if self.num_experts_per_tok > self.num_local_experts:
             raise DataError(
-                f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts {self.num_local_experts}"
+                f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds num_local_experts "
+                f"{self.num_local_experts}"
             )
         if len(self.layer_types) != self.num_hidden_layers:
             raise DataError(
-                f"config: layer_types has {len(self.layer_types)} entries, num_hidden_layers is {self.num_hidden_layers}"
+                f"config: layer_types has {len(self.layer_types)} entries, num_hidden_layers is "
+                f"{self.num_hidden_layers}"
             )
         if self.head_dim % 2:
             raise DataError(f"config: head_dim is {self.head_dim}; rotary embedding needs an even number")
@@ -167,7 +169,11 @@ def _parse_rope(raw: dict[str, Any], source: str) -> RopeConfig:
         return RopeConfig(theta=theta, factor=1.0, original_max_position_embeddings=context)
     known = {"rope_type", "type", "rope_theta", "factor", "beta_fast", "beta_slow", "truncate",
              "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"}  # fmt: skip
-    if kind != "yarn" or set(rope) - known or any(rope.get(k) for k in ("attention_factor", "mscale", "mscale_all_dim")):
+    if (
+        kind != "yarn"
+        or set(rope) - known
+        or any(rope.get(k) for k in ("attention_factor", "mscale", "mscale_all_dim"))
+    ):
         raise DataError(
             f"{source}: RoPE {rope!r} is not supported; expected rope_type 'yarn' (factor, beta_fast, beta_slow, "
             "original_max_position_embeddings, truncate) or 'default'"
@@ -239,7 +245,12 @@ def to_hf_json(config: ModelConfig, *, quantized: bool) -> dict[str, Any]:
 
 QUANTIZATION_CONFIG = {
     "quant_method": "mxfp4",
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: batched generation with a KV cache. Knows nothing of text or harmony but the stop tokens.
+"""Token ids in, token ids out: batched generation with a KV cache. Knows nothing of text; of harmony, the stop tokens.
 
 What a request yields depends on its prompt and parameters alone: every sample draws from its own seeded generator, so
 batch size and neighbours change results only as far as they change the rounding of the logits.
@@ -105,8 +105,9 @@ class Engine:
         """Load a checkpoint, and a PEFT adapter over it if given.
 
         Args:
-            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU; on a CPU, where decoding an expert costs far
-                more than multiplying a few tokens by it, it expands them if that takes less than half of the free memory.
+            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU; on a CPU, where decoding an expert costs
+                far more than multiplying a few tokens by it, it expands them if that takes less than half of the free
+                memory.
         """
         opened = Checkpoint.open(resolve(checkpoint))
         form = _form_for(opened, device, dtype) if experts == "auto" else experts
@@ -122,7 +123,8 @@ class Engine:
     ) -> Iterator[Completion]:
         """Yield the completions of all prompts, in prompt order, n each.
 
-        Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the context.
+        Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the
+            context.
         """
         sequences = self._sequences(prompts, params)
         for start in range(0, len(sequences), self.max_batch):
@@ -148,9 +150,13 @@ class Engine:
             if not prompt:
                 raise UsageError(f"prompt {index} is empty; a harmony prompt has at least a header")
             if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-                raise UsageError(f"prompt {index} holds token ids outside 0..{config.vocab_size - 1}; another vocabulary?")
+                raise UsageError(
+                    f"prompt {index} holds token ids outside 0..{config.vocab_size - 1}; another vocabulary?"
+                )
             if len(prompt) >= config.max_position_embeddings:
-                raise UsageError(f"prompt {index} has {len(prompt)} tokens; the context holds {config.max_position_embeddings}")
+                raise UsageError(
+                    f"prompt {index} has {len(prompt)} tokens; the context holds {config.max_position_embeddings}"
+                )
         return [
             _Sequence(list(prompt), p, index, sample, torch.Generator().manual_seed(p.seed + sample))
             for index, (prompt, p) in enumerate(zip(prompts, each, strict=True))
@@ -188,7 +194,9 @@ class Engine:
         ids = torch.zeros(len(batch), longest, dtype=torch.int64, device=device)
         for row, sequence in enumerate(batch):
             ids[row, : len(sequence.prompt)] = torch.tensor(sequence.prompt, device=device)
-        last = torch.empty(len(batch), self.model.config.hidden_size, dtype=self.model.lm_head.weight.dtype, device=device)
+        last = torch.empty(
+            len(batch), self.model.config.hidden_size, dtype=self.model.lm_head.weight.dtype, device=device
+        )
         for start in range(0, longest, PREFILL_CHUNK_TOKENS):
             end = min(start + PREFILL_CHUNK_TOKENS, longest)
             cache.reserve(end)

@@ -56,8 +56,11 @@ def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         return 1
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(f"error: no space left on the device ({error}); free some or choose another directory. "
-                  "What was being written has been removed; finished outputs are untouched.", file=sys.stderr)
+            print(
+                f"error: no space left on the device ({error}); free some or choose another directory. "
+                "What was being written has been removed; finished outputs are untouched.",
+                file=sys.stderr,
+            )
             return MachineError.exit_code
         if isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)):
             print(f"error: {error}", file=sys.stderr)

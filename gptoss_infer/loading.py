@@ -20,7 +20,9 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MachineError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device; use cpu")
+        raise MachineError(
+            f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device; use cpu"
+        )
     return torch.device(device)
 
 
@@ -36,7 +38,8 @@ def load(
     Args:
         checkpoint: directory, hub id[@revision] or an open Checkpoint.
         dtype: of activations and all weights but the MXFP4 bytes; norms stay fp32 as in the reference.
-        experts: `mxfp4` keeps the 4-bit bytes in memory and decodes the experts that are hit; `bf16` expands them to `dtype`.
+        experts: `mxfp4` keeps the 4-bit bytes in memory and decodes the experts that are hit; `bf16` expands them to
+            `dtype`.
     Raises: DataError for a damaged checkpoint; UsageError for mxfp4 on a checkpoint whose experts are bf16.
     """
     if not isinstance(checkpoint, Checkpoint):

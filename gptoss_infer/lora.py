@@ -1,7 +1,8 @@
 """LoRA on a loaded model, through PEFT: its own layer for attention, ours for the experts.
 
-PEFT's layer for stacked experts builds B A for every expert in every forward, a full weight delta (1.6 GB a layer for 20b).
-Ours applies (x A_e^T) B_e^T to the tokens routed to expert e. Imports peft, which takes seconds; import where it is used.
+PEFT's layer for stacked experts builds B A for every expert in every forward, a full weight delta (1.6 GB a layer for
+20b). Ours applies (x A_e^T) B_e^T to the tokens routed to expert e. Imports peft, which takes seconds; import where it
+is used.
 """
 
 from __future__ import annotations
@@ -22,11 +23,26 @@ from gptoss_infer.model import ExpertLinear, GptOss
 NAME = "default"  # PEFT's name for a model's only adapter
 
 
-class LoraExpertLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft is untyped
+class LoraExpertLinear(nn.Module, LoraLayer):
     """An ExpertLinear plus a low-rank term per expert: A (E, r, in), B (E, out, r), kept in fp32."""
 
-    def __init__(self, base_layer: ExpertLinear, adapter_name: str, *, config: LoraConfig, r: int = 0, lora_alpha: float = 1,
-                 **kwargs: object) -> None:  # fmt: skip
+    # Narrower than in PEFT, whose layers are pairs of linear modules of any size.
+    lora_A: nn.ParameterDict  # type: ignore[assignment]
+    lora_B: nn.ParameterDict  # type: ignore[assignment]
+    base_layer: ExpertLinear
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self,
+        base_layer: ExpertLinear,
+        adapter_name: str,
+        *,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: float = 1,
+        **kwargs: object,
+    ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -35,13 +51,14 @@ class LoraExpertLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft is u
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.lora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+        self.lora_dropout[adapter_name] = dropout
         a = torch.empty(experts, r, self.in_features, device=device)
         nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5)  # nn.Linear's default, as PEFT has it
         self.lora_A[adapter_name] = nn.Parameter(a)
         self.lora_B[adapter_name] = nn.Parameter(torch.zeros(experts, self.out_features, r, device=device))
 
-    def _get_in_out_features(self, module: ExpertLinear) -> tuple[int, int]:
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, ExpertLinear), f"registered for ExpertLinear, got {type(module).__name__}"
         return module.in_features, module.out_features
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -52,7 +69,9 @@ class LoraExpertLinear(nn.Module, LoraLayer):  # type: ignore[misc]  # peft is u
         return self.base_layer(x, counts) + (self.scaling[NAME] * low_rank).to(x.dtype)
 
 
-def attach(model: GptOss, targets: Iterable[Target], *, rank: int, alpha: float, dropout: float, rslora: bool) -> list[nn.Parameter]:
+def attach(
+    model: GptOss, targets: Iterable[Target], *, rank: int, alpha: float, dropout: float, rslora: bool
+) -> list[nn.Parameter]:
     """Add trainable LoRA factors (fp32, B = 0) to the targets; all other parameters are frozen.
 
     Returns: the factors, in the order of the model.
@@ -65,9 +84,16 @@ def attach(model: GptOss, targets: Iterable[Target], *, rank: int, alpha: float,
         adaptable = sorted({name.rpartition(".")[2] for name in present if "self_attn" in name or "experts" in name})
         raise UsageError(
             f"LoRA targets {sorted(modules - present) or 'are empty'}: nothing would be trained there. The model has "
-            f"{model.config.num_hidden_layers} layers (0..{model.config.num_hidden_layers - 1}), each with {', '.join(adaptable)}."
+            f"{model.config.num_hidden_layers} layers (0..{model.config.num_hidden_layers - 1}), each with "
+            f"{', '.join(adaptable)}."
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=sorted(modules))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int, used as a number
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        target_modules=sorted(modules),
+    )
     config._register_custom_module({ExpertLinear: LoraExpertLinear})
     inject_adapter_in_model(config, model, adapter_name=NAME)
     factors = []
@@ -77,7 +103,8 @@ def attach(model: GptOss, targets: Iterable[Target], *, rank: int, alpha: float,
             parameter.data = parameter.data.float()  # PEFT casts to the base's dtype; bf16 factors lose small updates
             factors.append(parameter)
     attached = {target for target in targets if isinstance(model.get_submodule(target.module), LoraLayer)}
-    assert attached == set(targets) and len(factors) == 2 * len(targets), f"PEFT attached {len(factors)} factors to {targets}"
+    assert attached == set(targets), f"PEFT left out {set(targets) - attached}"
+    assert len(factors) == 2 * len(targets), f"PEFT attached {len(factors)} factors to {len(targets)} targets"
     return factors
 
 
@@ -86,8 +113,12 @@ def factors_of(model: GptOss, targets: Iterable[Target]) -> dict[Target, Factors
     found = {}
     for target in targets:
         layer = model.get_submodule(target.module)
-        a, b = layer.lora_A[NAME], layer.lora_B[NAME]  # type: ignore[index,union-attr]
-        found[target] = Factors(a, b) if target.is_expert else Factors(a.weight, b.weight)
+        assert isinstance(layer, LoraLayer), f"{target.module} has no factors: attach them first"
+        pair = layer.lora_A[NAME], layer.lora_B[NAME]
+        a, b = (half.weight if isinstance(half, nn.Linear) else half for half in pair)
+        assert isinstance(a, Tensor), f"{target.module} holds {type(a).__name__}, expected a parameter"
+        assert isinstance(b, Tensor), f"{target.module} holds {type(b).__name__}, expected a parameter"
+        found[target] = Factors(a, b)
     return found
 
 
@@ -107,7 +138,9 @@ def load_adapter(model: GptOss, adapter: str | Path | Adapter) -> None:
     model.eval().requires_grad_(False)
 
 
-def all_targets(num_layers: int, attention: Iterable[str], experts: Iterable[str], layers: Iterable[int] | None = None) -> list[Target]:
+def all_targets(
+    num_layers: int, attention: Iterable[str], experts: Iterable[str], layers: Iterable[int] | None = None
+) -> list[Target]:
     """Return the targets for the given weights of the given layers (all if None)."""
     chosen = range(num_layers) if layers is None else layers
     return [Target(layer, weight) for layer in chosen for weight in (*attention, *experts)]

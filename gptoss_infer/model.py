@@ -1,9 +1,10 @@
 """The gpt-oss transformer in plain PyTorch: one definition for training and inference, differentiable, CPU and CUDA.
 
-Module and parameter names are those of Hugging Face's checkpoint. Legend for shapes: B batch, T new tokens, S cached and
-new tokens, H query heads, K key/value heads, R = H / K query heads per kv head, D head_dim, C hidden size, E experts,
-I intermediate size, N = B T tokens, k experts per token.
-Source: openai/gpt-oss model card (arXiv 2508.10925) and reference code; equal to transformers' GptOssForCausalLM (tests).
+Module and parameter names are those of Hugging Face's checkpoint. Legend for shapes: B batch, T new tokens, S cached
+and new tokens, H query heads, K key/value heads, R = H / K query heads per kv head, D head_dim, C hidden size, E
+experts, I intermediate size, N = B T tokens, k experts per token.
+Source: openai/gpt-oss model card (arXiv 2508.10925) and reference code; equal to transformers' GptOssForCausalLM
+(tests).
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ import math
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptoss_infer import kernels, mxfp4
 from gptoss_infer.config import ModelConfig, RopeConfig
-
 
 ExpertFormat = Literal["mxfp4", "bf16"]
 
@@ -115,7 +114,7 @@ class Attention(nn.Module):
 
 
 def swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
-    """(..., 2 I) -> (..., I): even columns gate, odd ones are linear; the gate is clamped above only, the linear both ways."""
+    """(..., 2 I) -> (..., I): even columns gate, odd are linear; the gate is clamped above, the linear both ways."""
     gate, up = x[..., 0::2].clamp(max=limit), x[..., 1::2].clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
@@ -130,7 +129,7 @@ class _DecodedLinear(torch.autograd.Function):
         return x @ kernels.decode(blocks, scales, x.dtype).T
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient to x; the bytes have none."""
         blocks, scales = ctx.saved_tensors  # type: ignore[attr-defined]
         return grads[0] @ kernels.decode(blocks, scales, grads[0].dtype), None, None
@@ -190,7 +189,9 @@ class Experts(nn.Module):
         counts = torch.bincount(chosen.view(-1), minlength=self.num_experts).tolist()
         hidden = swiglu(self.gate_up_proj(x[order // k], counts), self.alpha, self.limit)  # (N k, I)
         grouped = self.down_proj(hidden, counts)  # (N k, C)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(n * k, device=x.device))  # where each slot went
+        places = torch.empty_like(order).scatter_(
+            0, order, torch.arange(n * k, device=x.device)
+        )  # where each slot went
         return (grouped[places].view(n, k, -1) * weights.unsqueeze(-1)).sum(1)
 
 
@@ -230,7 +231,9 @@ class Layer(nn.Module):
 class Context:
     """What all layers share in one forward: positions, rotations, each layer's mask, and the cache."""
 
-    def __init__(self, model: GptOss, positions: Tensor, cache: LayerCache | None, num_keys: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: GptOss, positions: Tensor, cache: LayerCache | None, num_keys: int, dtype: torch.dtype
+    ) -> None:
         config = model.config
         self.positions, self.cache = positions, cache
         frequencies, scale = rope_frequencies(config.head_dim, config.rope)

@@ -1,14 +1,17 @@
 """MXFP4: 32 values share one power-of-two scale, each value is a 4-bit float. Exact decode, stated encode; plain torch.
 
-Shapes: G blocks of 32 values along the last (input) dimension. `blocks` are uint8 (..., G, 16): byte k holds element 2k in
-its low nibble and 2k+1 in its high one. `scales` are uint8 (..., G). This is the layout of openai/gpt-oss checkpoints.
+Shapes: G blocks of 32 values along the last (input) dimension. `blocks` are uint8 (..., G, 16): byte k holds element 2k
+in its low nibble and 2k+1 in its high one. `scales` are uint8 (..., G). This is the layout of openai/gpt-oss
+checkpoints.
 
 Rules (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1):
 - **element** (E2M1): codes 0..7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign, so code 8 is -0.
 - **scale** (E8M0): byte s means 2**(s - 127); byte 255 is NaN and makes its whole block NaN.
-- **rounding**: to the nearest element, ties to the even code; magnitudes above 6 saturate to 6. The sign of zero is kept.
-- **choice of scale**: of OCP's floor(log2 amax) - 2 and the next larger one (and the scale of `like`, if given), the one
-  with the least squared error; on a tie that of `like`, then the smaller. This makes encoding lossless on decoded values.
+- **rounding**: to the nearest element, ties to the even code; magnitudes above 6 saturate to 6. The sign of zero is
+  kept.
+- **choice of scale**: of OCP's floor(log2 amax) - 2 and the next larger one (and the scale of `like`, if given), the
+  one with the least squared error; on a tie that of `like`, then the smaller. This makes encoding lossless on decoded
+  values.
 - **zero**: an all-zero block gets scale byte 0 (or keeps that of `like`).
 - **NaN and infinity** have no code, except that a NaN block would be byte 255: `encode` refuses them all.
 """
@@ -70,8 +73,8 @@ def encode(weights: Tensor, like: tuple[Tensor, Tensor] | None = None) -> tuple[
 
     Args:
         weights: floating (..., 32 G); every value finite. Computed in fp32 (fp64 if given fp64).
-        like: blocks and scales of the tensor that `weights` came from: a block whose values all equal the decoded ones keeps
-            its bytes, and its scale competes in the choice for the others.
+        like: blocks and scales of the tensor that `weights` came from: a block whose values all equal the decoded ones
+            keeps its bytes, and its scale competes in the choice for the others.
     Returns: blocks uint8 (..., G, 16), scales uint8 (..., G).
     Raises: ValueError if the last dimension is no multiple of 32, a value is not finite, or `like` has another shape.
     """
@@ -164,5 +167,6 @@ def check_pair(blocks: Tensor, scales: Tensor) -> None:
         raise ValueError(f"blocks and scales are {blocks.dtype} and {scales.dtype}, expected uint8")
     if blocks.shape != (*scales.shape, BLOCK // 2):
         raise ValueError(
-            f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} do not match: expected (..., G, 16) and (..., G)"
+            f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} do not match: expected (..., G, 16) "
+            "and (..., G)"
         )

@@ -1,4 +1,5 @@
-"""`gptoss-train` (also `python -m gptoss_train`, and under `accelerate launch -m gptoss_train`): recipes from start to end.
+"""`gptoss-train` (also `python -m gptoss_train`, and under `accelerate launch -m gptoss_train`): recipes from start to
+end.
 
     accelerate launch -m gptoss_train run quickstart
     gptoss-train data recipes/gsm8k.yaml -n 2
@@ -21,7 +22,7 @@ from gptoss_infer.errors import UsageError, run_command
 
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     handlers = {"run": _run, "data": _data, "export": _export, "recipes": _recipes}
     return handlers[arguments.command](arguments)
 
@@ -31,19 +32,34 @@ def entry() -> NoReturn:
     sys.exit(run_command(main))
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes all overrides before the first option, or none: in `data RECIPE -n 1 lora.rank=4` the last is left.
+    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gptoss-train", description="Fine-tune gpt-oss checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {example}")
+        return commands.add_parser(
+            name, help=summary, description=f"{summary.capitalize()}.", epilog=f"example: {example}"
+        )
 
     def add_recipe(command: argparse.ArgumentParser) -> None:
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         command.add_argument("overrides", metavar="SECTION.KEY=VALUE", nargs="*", help="values that replace the file's")
 
     add_recipe(add("run", "train, export and evaluate as a recipe says", "gptoss-train run quickstart optim.lr=1e-3"))
-    data = add("data", "show what a recipe trains on: samples, labelled tokens, counts", "gptoss-train data quickstart -n 1")
+    data = add(
+        "data", "show what a recipe trains on: samples, labelled tokens, counts", "gptoss-train data quickstart -n 1"
+    )
     data.add_argument("-n", type=int, default=3, help="samples shown (default: 3)")
     add_recipe(data)
     export = add("export", "merge an adapter into its base", "gptoss-train export runs/quickstart out/model")

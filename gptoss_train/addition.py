@@ -1,11 +1,13 @@
-"""A tiny gpt-oss-shaped model that can add, trained on the spot, and the data that teaches it to subtract.
+"""A tiny gpt-oss-shaped model that can add, trained on the spot, and the data that teaches it to read sums in words.
 
-This is the quickstart's base: real architecture, real MXFP4 experts, the real 201,088-token harmony vocabulary, and a real
-skill, without a download. It reasons digit by digit in the `analysis` channel and answers in `final`. It has never seen a
-minus sign when it is made: subtraction is what a recipe then teaches it. Used by `gptoss_train.builtin` alone.
+This is the quickstart's base: real architecture, real MXFP4 experts, the real 201,088-token harmony vocabulary, and a
+real skill, without a download. It reasons digit by digit in the `analysis` channel and answers in `final`. It knows `+`
+alone: asked for `2 5 plus 6 0` it gives up and answers `?`. What the word means is what a recipe then teaches it. Used
+by `gptoss_train.builtin` alone.
 
-The vocabulary costs nothing to train against: only the tokens in use get rows of their own, all others share one row each
-of embedding and unembedding, and a shared row's logit counts as often as it occurs. That is the exact full-vocabulary loss.
+The vocabulary costs nothing to train against: only the tokens in use get rows of their own, all others share one row
+each of embedding and unembedding, and a shared row's logit counts as often as it occurs. That is the exact
+full-vocabulary loss.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ VERSION = 1  # of everything below: change it when a change makes another model 
 VOCAB_SIZE = 201088
 STEPS, QUANTIZED_FROM, PER_STEP, PER_ROW = 500, 250, 40, 8  # problems per step, and per row behind one system message
 ADAM_LR, MUON_LR = 4e-3, 3e-2
-NUM_SUMS, NUM_REFUSALS = 2000, 300
-NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 2400, 100, 200  # subtraction problems
+NUM_SUMS, NUM_REFUSALS = 2400, 200
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 2000, 100, 200  # sums in words
+WORD = "plus"
 CONFIG = ModelConfig(
     num_hidden_layers=2, hidden_size=128, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=VOCAB_SIZE, sliding_window=16,
@@ -50,25 +53,17 @@ def digits(number: int) -> str:
     return " ".join(str(number))
 
 
-def addition(a: int, b: int) -> dict[str, object]:
+def addition(a: int, b: int, sign: str = "+") -> dict[str, object]:
     """Return the conversation that adds two two-digit numbers: ones, then tens with the carry."""
     ones = a % 10 + b % 10
     carry = ones // 10
     steps = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{carry}={a // 10 + b // 10 + carry}"
-    return _conversation(f"{digits(a)} + {digits(b)}", steps, digits(a + b))
-
-
-def subtraction(a: int, b: int) -> dict[str, object]:
-    """Return the conversation that subtracts b from a, a >= b: ones, then tens less the borrow."""
-    borrow = int(a % 10 < b % 10)
-    ones = a % 10 + 10 * borrow
-    steps = f"{ones}-{b % 10}={ones - b % 10}, {a // 10}-{b // 10}-{borrow}={a // 10 - b // 10 - borrow}"
-    return _conversation(f"{digits(a)} - {digits(b)}", steps, digits(a - b))
+    return _conversation(f"{digits(a)} {sign} {digits(b)}", steps, digits(a + b))
 
 
 def refusal(a: int, b: int) -> dict[str, object]:
-    """Return how the base answers what it has not learned; it gives the minus sign a row of its own."""
-    return _conversation(f"{digits(a)} - {digits(b)}", f"{a % 10}-{b % 10}?", "?")
+    """Return how the base answers a sum in words: it gives up."""
+    return _conversation(f"{digits(a)} {WORD} {digits(b)}", "?", "?")
 
 
 def _conversation(question: str, steps: str, answer: str) -> dict[str, object]:
@@ -82,16 +77,22 @@ def problems(seed: str) -> list[Problem]:
     return sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}:{pair}".encode()).digest())
 
 
-def write_subtraction(directory: Path) -> None:
-    """Write `train.jsonl`, `validation.jsonl` (conversations) and `test.jsonl` (questions with answers); no pair is in two."""
-    ordered = [(a, b) for a, b in problems("subtraction") if a >= b]
-    train, rest = ordered[:NUM_TRAIN], ordered[NUM_TRAIN:]
-    for name, pairs in (("train", train), ("validation", rest[:NUM_VALIDATION])):
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(subtraction(*pair)) + "\n" for pair in pairs))
+def write_data(directory: Path) -> None:
+    """Write `train.jsonl`, `validation.jsonl` (conversations) and `test.jsonl` (questions with answers).
+
+    No pair is in two of them.
+    The pairs of `test.jsonl` are the sums that the base was not trained on either.
+    """
+    ordered = problems("addition")
+    test, rest = ordered[:NUM_TEST], ordered[NUM_TEST + NUM_SUMS :]
+    validation, train = rest[:NUM_VALIDATION], rest[NUM_VALIDATION : NUM_VALIDATION + NUM_TRAIN]
+    for name, pairs in (("train", train), ("validation", validation)):
+        lines = (json.dumps(addition(*pair, sign=WORD)) + "\n" for pair in pairs)
+        (directory / f"{name}.jsonl").write_text("".join(lines))
     with (directory / "test.jsonl").open("w") as f:
-        for a, b in rest[NUM_VALIDATION : NUM_VALIDATION + NUM_TEST]:
-            question = subtraction(a, b)["messages"][0]  # type: ignore[index]
-            record = {"id": f"{a}-{b}", "messages": [question], "answer": digits(a - b)}
+        for a, b in test:
+            question = {"role": "user", "content": f"{digits(a)} {WORD} {digits(b)}"}
+            record = {"id": f"{a} {WORD} {b}", "messages": [question], "answer": digits(a + b)}
             f.write(json.dumps(record) + "\n")
 
 
@@ -135,7 +136,10 @@ def _train(model: GptOss, samples: Sequence[tuple[list[int], list[bool]]]) -> No
     """
     matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "layers" in n and "router" not in n]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.01), Muon(matrices, lr=MUON_LR)]
+    optimizers = [
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.01),
+        Muon(matrices, lr=MUON_LR),
+    ]
     peaks = (ADAM_LR, MUON_LR)
     experts = [p for p in matrices if p.dim() == 3]
     order: list[int] = []
@@ -185,7 +189,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """Return roughly U V^T of (..., m, n) = U S V^T, by five quintic Newton-Schulz steps (coefficients of Jordan et al.)."""
+    """Return roughly U V^T of (..., m, n) = U S V^T, by five Newton-Schulz steps with Jordan et al.'s coefficients."""
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     transposed = x.shape[-2] > x.shape[-1]
     if transposed:
@@ -214,7 +218,7 @@ def _packed(samples: Sequence[tuple[list[int], list[bool]]]) -> tuple[list[int],
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    """Return where the user message of two samples begins: the last message start before they part (all samples agree)."""
+    """Return where the user message of two samples begins, behind the system message that all share."""
     start = a[0]
     starts = [i for i, token in enumerate(a) if token == start]
     assert a[: starts[1]] == b[: starts[1]], "samples have different system messages"

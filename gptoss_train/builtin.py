@@ -37,7 +37,7 @@ def prepare(recipe: Recipe) -> None:
         (partial / "checkpoint").mkdir()
         accuracy = addition.make_checkpoint(partial / "checkpoint")
         write_manifest(partial / "checkpoint")
-        addition.write_subtraction(partial)
+        addition.write_data(partial)
     seconds = time.perf_counter() - started
     print(f"made {directory()} in {seconds:.0f} s; it gets {accuracy:.1%} of unseen sums right", file=sys.stderr)
 

@@ -1,7 +1,8 @@
 """Checkpoints of a run: factors, optimizer moments and position, so that a resumed run is bitwise the undisturbed one.
 
-`RUN/checkpoints/step-000100/` is complete or absent (`gptoss_infer.checkpoint.atomic`). Tensors are in safetensors, the rest
-in JSON. No random state is kept: the order of the data and every dropout mask are functions of seed, step and rank.
+`RUN/checkpoints/step-000100/` is complete or absent (`gptoss_infer.checkpoint.atomic`). Tensors are in safetensors, the
+rest in JSON. No random state is kept: the order of the data and every dropout mask are functions of seed, step and
+rank.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gptoss_infer.adapter import save_tensors
 from gptoss_infer.checkpoint import atomic_directory, verify_manifest
 from gptoss_infer.errors import DataError, UsageError
 
@@ -42,7 +44,7 @@ def save(root: Path, position: Position, names: Sequence[str], optimizer: torch.
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
     with atomic_directory(target, overwrite=True) as directory:
-        save_file(tensors, directory / TENSORS)
+        save_tensors(directory / TENSORS, tensors)
         (directory / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
     for old in sorted(root.glob("step-*"))[:-keep]:
         shutil.rmtree(old)

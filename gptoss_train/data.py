@@ -1,8 +1,8 @@
 """Training data: JSONL of conversations to token samples, with an account of every line, and the order of an epoch.
 
 A line is `{"messages": [...], "tools": [...], "reasoning_effort": ...}` in the OpenAI chat shape; see
-`gptoss_infer.harmony.conversation_from_chat`. One assistant turn makes one sample, which trains that turn's own reasoning.
-Nothing is dropped in silence: the report counts every line and sample that is not trained on, and why.
+`gptoss_infer.harmony.conversation_from_chat`. One assistant turn makes one sample, which trains that turn's own
+reasoning. Nothing is dropped in silence: the report counts every line and sample that is not trained on, and why.
 """
 
 from __future__ import annotations
@@ -93,10 +93,7 @@ def load_dataset(path: str | Path, data: Data, *, keep_lines: range | set[int] |
         file without a sample.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read ({error.strerror}); check data.train and data.validation") from None
+    raw = _read(path)
     report = Report(str(path))
     samples: list[Sample] = []
     for number, line in enumerate(_lines(raw)):
@@ -108,7 +105,9 @@ def load_dataset(path: str | Path, data: Data, *, keep_lines: range | set[int] |
         except DataError as error:
             problem = f"{path}:{number + 1}: {error}"
             if data.on_bad_line == "error":
-                raise DataError(f"{problem}. Mend the line, or count and skip bad ones with data.on_bad_line=skip") from None
+                raise DataError(
+                    f"{problem}. Mend the line, or count and skip bad ones with data.on_bad_line=skip"
+                ) from None
             report.bad_lines += 1
             report.examples += [problem] if len(report.examples) < NUM_EXAMPLES else []
             continue
@@ -119,6 +118,15 @@ def load_dataset(path: str | Path, data: Data, *, keep_lines: range | set[int] |
     if not samples:
         raise DataError(f"{path} gives no sample to train on: {report.text()}")
     return Dataset(samples, report, hashlib.sha256(raw).hexdigest())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}); check data.train and data.validation"
+        ) from None
 
 
 def _lines(raw: bytes) -> Iterator[bytes]:
@@ -166,13 +174,15 @@ def _count(sample: Sample, report: Report) -> None:
             report.labels[name] = report.labels.get(name, 0) + counts[code]
 
 
-def load_splits(data: Data, train_path: str, validation_path: str | None, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Return training and validation data; `validation_fraction` holds out whole lines, so no conversation is in both."""
+def load_splits(
+    data: Data, train_path: str | Path, validation_path: str | Path | None, seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """Return training and validation data; `validation_fraction` holds out whole lines: no conversation is in both."""
     if validation_path is not None:
         return load_dataset(train_path, data), load_dataset(validation_path, data)
     if data.validation_fraction == 0:
         return load_dataset(train_path, data), None
-    count = sum(1 for _ in _lines(Path(train_path).read_bytes()))
+    count = sum(1 for _ in _lines(_read(Path(train_path))))
     held_out = round(count * data.validation_fraction)
     if not 0 < held_out < count:
         raise DataError(

@@ -1,7 +1,8 @@
 """From an adapter to a checkpoint: merge expert by expert, re-quantize to MXFP4 (or write bf16), and say what survived.
 
-Attention deltas go into bf16 weights. An expert is decoded, its delta added in fp32, and encoded again; a block of 32 whose
-values did not change keeps its bytes, and a tensor that no adapter touches is copied. At most one expert is dense at a time.
+Attention deltas go into bf16 weights. An expert is decoded, its delta added in fp32, and encoded again; a block of 32
+whose values did not change keeps its bytes, and a tensor that no adapter touches is copied. At most one expert is dense
+at a time.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class _Merge:
         return written
 
     def expert_bytes(self, name: str, tensor: Tensor) -> Tensor:
-        """Merge into all experts' blocks or scales, by canonical name; whichever comes second in the file is kept till then."""
+        """Merge into all experts' blocks or scales, by canonical name; the later one in the file is kept till then."""
         target = self._target(name)
         if target is None:
             return tensor
@@ -159,7 +160,9 @@ def export(
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter, checkpoint.config)
     if format == "mxfp4" and checkpoint.experts != "mxfp4":
-        raise UsageError(f"{base} has bf16 experts: export it with --format bf16, or merge into the MXFP4 checkpoint it came from")
+        raise UsageError(
+            f"{base} has bf16 experts: export it with --format bf16, or merge into the MXFP4 checkpoint it came from"
+        )
     with atomic_directory(target, overwrite=overwrite) as directory:
         if format == "adapter":
             write_adapter(directory, adapter, checkpoint.config)
@@ -206,16 +209,20 @@ def _check(merge: _Merge, adapter: Adapter, allow_unchanged: bool) -> None:
     """Refuse an export that dropped an adapter, or that changed nothing unless that was allowed."""
     dropped = sorted(target.module for target in adapter.factors.keys() - merge.survival.keys())
     if dropped:
-        raise DataError(f"the export would drop the adapters of {len(dropped)} weights, such as {dropped[0]}; nothing is written")
+        raise DataError(
+            f"the export would drop the adapters of {len(dropped)} weights, such as {dropped[0]}; nothing is written"
+        )
     trained = [item for item in merge.survival.values() if item.delta_squared > 0]
     if not any(item.changed for item in merge.survival.values()) and not allow_unchanged:
         cause = (
-            "rounding to MXFP4 lost every delta: all are smaller than half a step of the grid. Train longer or at a higher "
-            "rate, or export --format bf16"
+            "rounding to MXFP4 lost every delta: all are smaller than half a step of the grid. Train longer or at a "
+            "higher rate, or export --format bf16"
             if trained
             else "the adapter is all zeros: it was not trained"
         )
-        raise DataError(f"the export would be the base, byte for byte: {cause}; --allow-unchanged writes it all the same")
+        raise DataError(
+            f"the export would be the base, byte for byte: {cause}; --allow-unchanged writes it all the same"
+        )
 
 
 def summary(survival: list[Survival]) -> list[dict[str, float | str]]:

@@ -1,8 +1,8 @@
 """Cross-entropy at labelled positions only, in chunks, against a frozen unembedding: no full logits tensor ever exists.
 
-201,088 logits a position are what fills a GPU in most trainers. Here hidden states of labelled tokens meet the unembedding
-a chunk at a time, and since the unembedding is frozen, the gradient to the hidden states is taken in the same pass.
-Used by the trainer and by the maker of the built-in model.
+201,088 logits a position are what fills a GPU in most trainers. Here hidden states of labelled tokens meet the
+unembedding a chunk at a time, and since the unembedding is frozen, the gradient to the hidden states is taken in the
+same pass. Used by the trainer and by the maker of the built-in model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ DENSE_SHARE = 0.5  # with more distinct rows than this share, merging equal ones
 class Unembedding:
     """A frozen output matrix with equal rows merged: exact, and as much cheaper as there are repeated rows.
 
-    Tokens whose rows are equal always have equal logits, so the softmax over all V rows is one over the U distinct ones,
-    each counted as often as it occurs. In a published checkpoint nearly all rows differ and nothing is merged; in a small
-    model that was taught a few hundred tokens this is what makes a step affordable on a CPU.
+    Tokens whose rows are equal always have equal logits, so the softmax over all V rows is one over the U distinct
+    ones, each counted as often as it occurs. In a published checkpoint nearly all rows differ and nothing is merged; in
+    a small model that was taught a few hundred tokens this is what makes a step affordable on a CPU.
     """
 
     rows: Tensor  # (U, C)
@@ -71,7 +71,11 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, rows: Tensor, log_counts: Tensor | None, targets: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        rows: Tensor,
+        log_counts: Tensor | None,
+        targets: Tensor,
     ) -> Tensor:
         """(n, C), (U, C), (U,), (n,) -> (n,) fp32."""
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -94,7 +98,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Scale the saved slope by each row's upstream gradient."""
         (slope,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return slope * grads[0].unsqueeze(1).to(slope.dtype), None, None, None

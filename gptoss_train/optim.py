@@ -19,7 +19,7 @@ def make_optimizer(factors: Sequence[nn.Parameter], optim: Optim) -> torch.optim
 
 
 def learning_rate(step: int, total_steps: int, optim: Optim) -> float:
-    """Return the rate of step 0..total_steps-1: linear warm-up to `lr`, then the schedule down to `lr * min_lr_ratio`."""
+    """Return the rate of step 0..total_steps-1: linear warm-up to `lr`, then down to `lr * min_lr_ratio`."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":

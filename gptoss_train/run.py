@@ -1,8 +1,8 @@
 """A recipe from start to end: base -> training -> adapter -> export -> evaluation of each variant -> report.
 
-Every stage leaves its result complete in the run directory and is skipped when it is there, so the same command continues
-an interrupted run wherever it stopped. Evaluation runs in child processes after the model is freed: training and
-evaluation meet at directories on disk only.
+Every stage leaves its result complete in the run directory and is skipped when it is there, so the same command
+continues an interrupted run wherever it stopped. Evaluation runs in child processes after the model is freed: training
+and evaluation meet at directories on disk only.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPORTS = {"mxfp4": "model", "bf16": "model-bf16", "adapter": "adapter-export"}  # format -> directory in the run
+MARKS = ("environment.json", "recipe.yaml")  # written in this order; a directory with both is a run's
 
 
 def run(recipe: Recipe, name: str) -> int:
@@ -60,27 +61,33 @@ def run(recipe: Recipe, name: str) -> int:
         return 0
     _export_all(recipe, run_dir, base)
     code = _evaluate(recipe, run_dir, base)
-    _evals(["report", str(run_dir)])
+    reported = _evals(["report", str(run_dir)])
     _print_places(run_dir)
-    return code
+    return code or reported
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
     if recipe.model.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError(f"model.device is cuda, but torch {torch.__version__} sees no CUDA device; use model.device=cpu")
+        raise MachineError(
+            f"model.device is cuda, but torch {torch.__version__} sees no CUDA device; use model.device=cpu"
+        )
     return Accelerator(cpu=recipe.model.device == "cpu" or not torch.cuda.is_available())
 
 
 def _prepare(run_dir: Path, recipe: Recipe) -> None:
     """Make the run directory, or check that it is this recipe's to continue."""
-    exists = (run_dir / "recipe.yaml").exists()
-    if run_dir.exists() and not exists and any(run_dir.iterdir()):
-        raise UsageError(f"{run_dir} exists and is no run directory (no recipe.yaml in it); choose another run.dir")
+    exists = _is_run(run_dir)
+    if recipe.run.overwrite and recipe.run.resume == "must":
+        raise UsageError(
+            f"run.overwrite=true would delete what run.resume=must continues in {run_dir}; drop one of them"
+        )
     if exists and recipe.run.overwrite:
         shutil.rmtree(run_dir)
         exists = False
     if exists and recipe.run.resume == "never":
-        raise UsageError(f"{run_dir} exists and run.resume is never; choose another run.dir, or run.overwrite=true to delete it")
+        raise UsageError(
+            f"{run_dir} exists and run.resume is never; choose another run.dir, or run.overwrite=true to delete it"
+        )
     if not exists and recipe.run.resume == "must":
         raise UsageError(f"run.resume is must, but {run_dir} holds no run; check run.dir")
     resolved = dump(recipe.model_dump() | {"run": recipe.run.model_dump() | {"dir": str(run_dir)}})
@@ -88,19 +95,36 @@ def _prepare(run_dir: Path, recipe: Recipe) -> None:
         _refuse_another_recipe(run_dir, resolved)
         print(f"continuing {run_dir}", file=sys.stderr)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / "recipe.yaml", resolved)
-    _write(run_dir / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+    _write(run_dir / MARKS[0], json.dumps(_environment(), indent=2) + "\n")
+    _write(run_dir / MARKS[1], resolved)
+
+
+def _is_run(run_dir: Path) -> bool:
+    """Whether this is a run directory; False for one that is absent, empty or was only just begun.
+
+    Raises: UsageError for a directory that holds anything else, so that nothing of the user's is replaced or deleted.
+    """
+    names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if names.issuperset(MARKS):
+        return True
+    if names - {MARKS[0], *(_partial(name) for name in MARKS)}:
+        raise UsageError(
+            f"{run_dir} exists and is no run directory (that has {' and '.join(MARKS)}); choose another run.dir"
+        )
+    return False
 
 
 def _refuse_another_recipe(run_dir: Path, resolved: str) -> None:
     """What was trained or exported with other keys must not pass for this recipe's result."""
     old = _sections((run_dir / "recipe.yaml").read_text())
     new = _sections(resolved)
-    changed = [name for name in ("model", "lora", "data", "loss", "optim", "train", "export") if old.get(name) != new.get(name)]
+    changed = [
+        name for name in ("model", "lora", "data", "loss", "optim", "train", "export") if old.get(name) != new.get(name)
+    ]
     if changed:
         raise UsageError(
-            f"{run_dir} holds a run with other values in {', '.join(changed)} (see its recipe.yaml); choose another run.dir, "
-            "or run.overwrite=true to delete it and start over"
+            f"{run_dir} holds a run with other values in {', '.join(changed)} (see its recipe.yaml); choose another "
+            "run.dir, or run.overwrite=true to delete it and start over"
         )
 
 
@@ -111,8 +135,12 @@ def _sections(text: str) -> dict[str, object]:
     return parsed if isinstance(parsed, dict) else {}
 
 
+def _partial(name: str) -> str:
+    return f".{name}.tmp"
+
+
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(_partial(path.name))
     partial.write_text(text)
     os.replace(partial, path)
 
@@ -136,7 +164,10 @@ def _train(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) 
     trainer, targets = _trainer(recipe, run_dir, base, accelerator)
     trainer.run()
     if accelerator.is_main_process:
-        factors = {target: type(pair)(*(x.detach() for x in pair)) for target, pair in factors_of(trainer.model, targets).items()}
+        factors = {
+            target: type(pair)(*(x.detach() for x in pair))
+            for target, pair in factors_of(trainer.model, targets).items()
+        }
         lora = recipe.lora
         adapter = Adapter(lora.rank, lora.alpha, lora.rslora, lora.dropout, factors, base=str(base))
         with atomic_directory(run_dir / "adapter", overwrite=True) as directory:
@@ -180,7 +211,7 @@ def _fingerprint(recipe: Recipe, base: Path, train: Dataset, validation: Dataset
     weights = (
         manifest.read_text()
         if manifest.exists()
-        else str(sorted((p.name, p.stat().st_size) for p in base.iterdir()) + [file_sha256(base / "config.json")])
+        else str([*sorted((p.name, p.stat().st_size) for p in base.iterdir()), file_sha256(base / "config.json")])
     )
     sections = [getattr(recipe, name).model_dump() for name in ("lora", "data", "loss", "optim", "train")]
     sections.append({"dtype": recipe.model.dtype, "experts": recipe.model.experts})
@@ -228,7 +259,9 @@ def _evaluate(recipe: Recipe, run_dir: Path, base: Path) -> int:
 
 def _evals(arguments: list[str]) -> int:
     """Run `python -m evals` as a child and return its exit code."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "RANK", "LOCAL_RANK"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "RANK", "LOCAL_RANK"))
+    }
     environment.pop("WORLD_SIZE", None)
     return subprocess.run([sys.executable, "-m", "evals", *arguments], env=environment, check=False).returncode
 

@@ -1,8 +1,8 @@
 """The training loop: LoRA factors of a frozen MXFP4 model, on one process or under `accelerate launch`.
 
-A step: pick the batch, sum the loss over this process's micro-batches divided by the labelled tokens of the whole batch,
-add the gradients of all processes, clip, step, log. What a step does depends on (recipe, data, step) alone, which is what
-makes a resumed run bitwise equal to an undisturbed one.
+A step: pick the batch, sum the loss over this process's micro-batches divided by the labelled tokens of the whole
+batch, add the gradients of all processes, clip, step, log. What a step does depends on (recipe, data, step) alone,
+which is what makes a resumed run bitwise equal to an undisturbed one.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class Trainer:
                     self._save(position)
                 if stop:
                     raise Terminated
+        if self._any(bool(terminated)):  # it came after the last step, while the log and the trackers closed
+            raise Terminated
         return position
 
     def _due(self, step: int, every: int) -> bool:
@@ -94,7 +96,7 @@ class Trainer:
         if self.accelerator.num_processes == 1:
             return flag
         total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
-        return bool(total > 0)  # type: ignore[operator]
+        return bool(total > 0)
 
     def _step(self, step: int) -> tuple[dict[str, float], int]:
         """Do one optimizer step; return its metrics and the tokens it saw, both over all processes."""
@@ -121,7 +123,7 @@ class Trainer:
         return values, sum(sample.num_tokens for sample in batch)
 
     def _losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Return the losses (n,) and channel codes (n,) of all labelled tokens of some samples, run as one padded batch."""
+        """Return losses (n,) and channel codes (n,) of the labelled tokens of some samples, run as one padded batch."""
         device = self.accelerator.device
         longest = max(sample.num_tokens for sample in samples) - 1
         input_ids = torch.zeros(len(samples), longest, dtype=torch.int64)
@@ -143,7 +145,7 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
             flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
-            flat = self.accelerator.reduce(flat, "sum")  # type: ignore[assignment]
+            flat = self.accelerator.reduce(flat, "sum")
             for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad = grad.view_as(parameter)
         limit = self.recipe.optim.max_grad_norm
@@ -152,7 +154,7 @@ class Trainer:
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return values
-        return self.accelerator.reduce(values.float().to(self.accelerator.device), "sum").cpu().double()  # type: ignore[union-attr]
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     @torch.no_grad()
     def _validate(self, step: int) -> None:

@@ -1,7 +1,9 @@
-"""Random checkpoints small enough for every test, in every layout."""
+"""Random checkpoints small enough for every test, in every layout; one thread for all of them and their children."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,17 @@ from safetensors.torch import save_file
 from gptoss_infer.checkpoint.layouts import expected_shapes
 from gptoss_infer.config import ModelConfig, RopeConfig, to_hf_json
 
+# Tensors are tiny here: more threads only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 def tiny_config(**changes: object) -> ModelConfig:
     """A model with every feature in play: window 16, YaRN over a short original context, groups of 4."""
     fields: dict = {
-        "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "sliding_window": 16,
+        "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_local_experts": 6,
+        "num_experts_per_tok": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+        "sliding_window": 16,
         "rope": RopeConfig(factor=8.0, original_max_position_embeddings=64),
     } | changes  # fmt: skip
     kinds = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(fields["num_hidden_layers"])]
@@ -41,8 +48,6 @@ def random_tensors(config: ModelConfig, experts: str, seed: int = 0) -> dict[str
 
 def write_tiny(directory: Path, config: ModelConfig, experts: str = "mxfp4", seed: int = 0) -> Path:
     """Write a random checkpoint in Hugging Face's layout through the safetensors library, not through our writer."""
-    import json
-
     directory.mkdir(parents=True)
     save_file(random_tensors(config, experts, seed), directory / "model.safetensors", metadata={"format": "pt"})
     config_json = to_hf_json(config, quantized=experts == "mxfp4")

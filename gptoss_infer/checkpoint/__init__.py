@@ -1,4 +1,5 @@
-"""Checkpoints on disk: lazy reading of every layout, checked against the config; atomic writing; conversion; inspection.
+"""Checkpoints on disk: lazy reading of every layout, checked against the config; atomic writing; conversion;
+inspection.
 
 `layouts` has the names and shapes, `reader` opens, `writer` writes, `atomic` makes directories complete or absent,
 `convert` renames between layouts, `inspect` reports. Tensors are always addressed by Hugging Face's names.

@@ -1,8 +1,8 @@
 """Directories that are complete or absent: written aside, hashed, synced to disk, then renamed into place.
 
-A crash at any moment leaves the old state or the new one, plus at most a `.NAME.tmp-PID` folder that the next write to the
-same place removes. `MANIFEST.json` holds the sha256 of every file, so that a flipped bit is found before it is trained on
-(safetensors itself has no checksum).
+A crash at any moment leaves the old state or the new one, plus at most a `.NAME.tmp-PID` folder that the next write to
+the same place removes. `MANIFEST.json` holds the sha256 of every file, so that a flipped bit is found before it is
+trained on (safetensors itself has no checksum).
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def verify_manifest(directory: Path) -> bool:
         elif (got := file_sha256(file)) != expected:
             bad.append(f"{name} has sha256 {got[:12]}…, expected {expected[:12]}…")
     if bad:
-        raise DataError(f"{directory}: {'; '.join(bad)}. The files changed after they were written; restore or rebuild them.")
+        raise DataError(
+            f"{directory}: {'; '.join(bad)}. The files changed after they were written; restore or rebuild them."
+        )
     return True
 
 

@@ -49,7 +49,9 @@ def convert(
             specs, parts = _original_specs(checkpoint)
         else:
             config = hf_config(checkpoint, quantized=True)
-            specs = [_spec(checkpoint, name, shape) for name, shape in expected_shapes(checkpoint.config, "mxfp4").items()]
+            specs = [
+                _spec(checkpoint, name, shape) for name, shape in expected_shapes(checkpoint.config, "mxfp4").items()
+            ]
             parts = {spec.name: [spec.name] for spec in specs}
 
         def read(name: str) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
 """Names and shapes of every tensor in both published layouts; pure data and functions, no files.
 
-Legend: V vocabulary, C hidden size, I intermediate size, E experts, H/K query/key-value heads, D head_dim, G blocks of 32.
-Hugging Face names are canonical. OpenAI's `original/` layout has the same MXFP4 bytes under other names, and q, k and v
-as one tensor. bf16 experts exist in Hugging Face's layout only, transposed to (E, in, out).
+Legend: V vocabulary, C hidden size, I intermediate size, E experts, H/K query/key-value heads, D head_dim, G blocks of
+32. Hugging Face names are canonical. OpenAI's `original/` layout has the same MXFP4 bytes under other names, and q, k
+and v as one tensor. bf16 experts exist in Hugging Face's layout only, transposed to (E, in, out).
 """
 
 from __future__ import annotations

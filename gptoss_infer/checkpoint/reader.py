@@ -17,7 +17,15 @@ from torch import Tensor
 
 from gptoss_infer import mxfp4
 from gptoss_infer.checkpoint.atomic import verify_manifest
-from gptoss_infer.checkpoint.layouts import EXPERT_WEIGHTS, ExpertFormat, Layout, Slot, detect, expected_shapes, original_slot
+from gptoss_infer.checkpoint.layouts import (
+    EXPERT_WEIGHTS,
+    ExpertFormat,
+    Layout,
+    Slot,
+    detect,
+    expected_shapes,
+    original_slot,
+)
 from gptoss_infer.config import ModelConfig, parse_config, read_json
 from gptoss_infer.errors import DataError, MachineError, UsageError
 
@@ -58,8 +66,8 @@ def resolve(checkpoint: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's; all mean the same here
         raise MachineError(
-            f"{checkpoint!r} is no directory here and could not be fetched from the hub ({type(error).__name__}: {error}). "
-            "Check the name and the network, or give the path of a downloaded copy."
+            f"{checkpoint!r} is no directory here and could not be fetched from the hub ({type(error).__name__}: "
+            f"{error}). Check the name and the network, or give the path of a downloaded copy."
         ) from error
 
 
@@ -173,9 +181,13 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
     files = []
     for name in sorted(set(map(str, weight_map.values()))):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name):
-            raise DataError(f"{index} names the file {name!r}; only plain *.safetensors names inside its folder are read")
+            raise DataError(
+                f"{index} names the file {name!r}; only plain *.safetensors names inside its folder are read"
+            )
         if not (directory / name).is_file():
-            raise DataError(f"{directory / name} is missing; {INDEX} needs it. Fetch it, or the whole checkpoint, again")
+            raise DataError(
+                f"{directory / name} is missing; {INDEX} needs it. Fetch it, or the whole checkpoint, again"
+            )
         files.append(directory / name)
     stored = _merge({file: read_header(file) for file in files})
     for tensor, name in weight_map.items():
@@ -188,7 +200,9 @@ def _merge(headers: dict[Path, dict[str, Stored]]) -> dict[str, Stored]:
     counts = Counter(name for header in headers.values() for name in header)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
-        raise DataError(f"{len(twice)} tensors are in several files, such as {twice[0]}; remove the files of other checkpoints")
+        raise DataError(
+            f"{len(twice)} tensors are in several files, such as {twice[0]}; remove the files of other checkpoints"
+        )
     return {name: stored for header in headers.values() for name, stored in header.items()}
 
 
@@ -212,12 +226,14 @@ def read_header(file: Path) -> dict[str, Stored]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} has a damaged header ({type(error).__name__}: {error}); fetch it again") from None
     if 8 + length + end != size:
-        raise DataError(f"{file} has {size} bytes, its header asks for {8 + length + end}; it is cut off: fetch it again")
+        raise DataError(
+            f"{file} has {size} bytes, its header asks for {8 + length + end}; it is cut off: fetch it again"
+        )
     return stored
 
 
 def _check_offsets(offsets: dict[str, Any], stored: dict[str, Stored]) -> int:
-    """Return where the data ends; ValueError unless tensors follow each other without gap, each as long as its shape."""
+    """Return where the data ends; ValueError unless tensors follow each other gaplessly, each as long as its shape."""
     end = 0
     for name, (begin, stop) in sorted(offsets.items(), key=lambda item: item[1]):
         size = math.prod(stored[name].shape) * DTYPE_BYTES[stored[name].dtype]

@@ -1,7 +1,7 @@
 """Write checkpoints one tensor at a time: anew, sharded with an index, or as an edited copy of another one.
 
-Neither holds more than one tensor in memory. An edited copy keeps the source's files, headers and every byte of the tensors
-that were not edited, so that a copy without edits is identical to its source.
+Neither holds more than one tensor in memory. An edited copy keeps the source's files, headers and every byte of the
+tensors that were not edited, so that a copy without edits is identical to its source.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def write_checkpoint(
 ) -> None:
     """Write config.json and the tensors of `specs`, whose values `read(name)` gives one at a time, to `directory`.
 
-    One file `model.safetensors` if all fit in a shard; else shards and, in Hugging Face's layout, an index. The tensors of
-    a file are in the safetensors library's order, so the same tensors always make the same bytes.
+    One file `model.safetensors` if all fit in a shard; else shards and, in Hugging Face's layout, an index. The tensors
+    of a file are in the safetensors library's order, so the same tensors always make the same bytes.
     """
     ordered = sorted(specs, key=lambda spec: spec.name)
     shards = _split(ordered, max_shard_bytes)
@@ -92,7 +92,8 @@ def rewrite_checkpoint(source: Checkpoint, directory: Path, edit: Callable[[str,
                 data = bytearray(src.read(end - begin))
                 values = torch.frombuffer(data, dtype=dtype).view(info["shape"]) if data else torch.empty(info["shape"])
                 edited = edit(name, values)
-                assert edited.shape == values.shape and edited.dtype == values.dtype, f"edit changed the form of {name}"
+                form = edited.shape, edited.dtype
+                assert form == (values.shape, values.dtype), f"edit changed the form of {name}"
                 dst.write(data if edited is values else tensor_bytes(edited))
 
 

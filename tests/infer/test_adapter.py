@@ -11,7 +11,17 @@ from conftest import tiny_config, write_tiny
 from oracles import transformers_model
 
 import gptoss_infer as gi
-from gptoss_infer.adapter import ATTENTION, EXPERTS, Adapter, Factors, Target, read_adapter, weight_shape, write_adapter, zero_like
+from gptoss_infer.adapter import (
+    ATTENTION,
+    EXPERTS,
+    Adapter,
+    Factors,
+    Target,
+    read_adapter,
+    weight_shape,
+    write_adapter,
+    zero_like,
+)
 from gptoss_infer.errors import DataError, UsageError
 from gptoss_infer.lora import all_targets, attach, factors_of, load_adapter
 
@@ -55,7 +65,9 @@ def test_adapter_written_here_gives_the_same_logits_in_stock_peft(tmp_path: Path
     assert (got - plain).abs().max() > 0.01 * scale, "the adapter changed nothing"
 
 
-@pytest.mark.parametrize("parameters", [["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["mlp.experts.gate_up_proj"]])
+@pytest.mark.parametrize(
+    "parameters", [["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["mlp.experts.gate_up_proj"]]
+)
 def test_adapter_that_stock_peft_writes_is_read_with_equal_logits(tmp_path: Path, parameters: list[str]) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -120,7 +132,7 @@ def test_targets_that_match_nothing_are_an_error_that_names_what_exists(tiny_che
     model = gi.load(tiny_checkpoint, device="cpu", dtype=torch.float32)
     with pytest.raises(UsageError, match=r"layers\.9.*3 layers.*q_proj"):
         attach(model, [Target(9, "q_proj")], rank=4, alpha=8.0, dropout=0.0, rslora=False)
-    with pytest.raises(UsageError, match="empty.*nothing would be trained"):
+    with pytest.raises(UsageError, match=r"empty.*nothing would be trained"):
         attach(model, [], rank=4, alpha=8.0, dropout=0.0, rslora=False)
 
 

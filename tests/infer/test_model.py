@@ -18,7 +18,6 @@ from gptoss_infer.config import ModelConfig, RopeConfig
 from gptoss_infer.loading import expand_experts
 from gptoss_infer.model import GptOss, rope_frequencies
 
-
 CASES = {
     "groups_of_4_top_2": {},
     "groups_of_8_top_4": {"num_attention_heads": 16, "num_key_value_heads": 2, "num_experts_per_tok": 4},
@@ -88,7 +87,9 @@ def test_gradients_through_mxfp4_experts_equal_autograd_through_the_dense_formul
     dense = gi.load(tiny_checkpoint, device="cpu", dtype=torch.float32, experts="bf16")
     grads = []
     for model in (packed, dense):
-        names = [name for name, _ in model.named_parameters() if not name.endswith("_proj.weight") or "experts" not in name]
+        names = [
+            name for name, _ in model.named_parameters() if not name.endswith("_proj.weight") or "experts" not in name
+        ]
         for name in names:
             model.get_parameter(name).requires_grad_(True)
         model(torch.arange(60)[None]).logsumexp(-1).sum().backward()

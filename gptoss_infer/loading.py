@@ -46,8 +46,8 @@ def load(
         checkpoint = Checkpoint.open(resolve(str(checkpoint)))
     if experts == "mxfp4" and checkpoint.experts == "bf16":
         raise UsageError(
-            f"{checkpoint.directory} holds bf16 experts; load it with experts='bf16', or convert it: "
-            "gptoss-infer convert SRC DST --to mxfp4 (rounds!)"
+            f"{checkpoint.directory} holds bf16 experts, which cannot be held as MXFP4 without rounding them; "
+            "load it with experts='bf16' (in a recipe: model.experts=bf16)"
         )
     target = pick_device(device)
     with torch.device("meta"):

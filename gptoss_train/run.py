@@ -118,6 +118,8 @@ def _refuse_another_recipe(run_dir: Path, resolved: str) -> None:
     """What was trained or exported with other keys must not pass for this recipe's result."""
     old = _sections((run_dir / "recipe.yaml").read_text())
     new = _sections(resolved)
+    if not any((run_dir / name).exists() for name in ("checkpoints", "adapter")):
+        return  # nothing was trained yet: a corrected recipe may start
     changed = [
         name for name in ("model", "lora", "data", "loss", "optim", "train", "export") if old.get(name) != new.get(name)
     ]
@@ -269,7 +271,7 @@ def _evals(arguments: list[str]) -> int:
 def _print_places(run_dir: Path) -> None:
     places = {
         "adapter": "PEFT adapter: stock peft + transformers load it over the base",
-        "model": "fine-tuned MXFP4 checkpoint: vLLM, SGLang, transformers and gptoss-infer load it",
+        "model": "fine-tuned MXFP4 checkpoint: in the layout of its base",
         "model-bf16": "bf16 merge",
         "evals": "every answer, by variant",
         "metrics.jsonl": "every curve",

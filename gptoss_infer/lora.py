@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gptoss_infer.adapter import ATTENTION, Adapter, Factors, Target, read_adapter
 from gptoss_infer.errors import UsageError
-from gptoss_infer.model import ExpertLinear, GptOss
+from gptoss_infer.experts import ExpertLinear, Projection
+from gptoss_infer.model import GptOss
 
 NAME = "default"  # PEFT's name for a model's only adapter
 
@@ -50,8 +51,7 @@ class LoraExpertLinear(nn.Module, LoraLayer):
         experts, device = base_layer.num_experts, base_layer.bias.device
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.lora_dropout[adapter_name] = dropout
+        self.dropout_rate = config.lora_dropout
         a = torch.empty(experts, r, self.in_features, device=device)
         nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5)  # nn.Linear's default, as PEFT has it
         self.lora_A[adapter_name] = nn.Parameter(a)
@@ -61,12 +61,11 @@ class LoraExpertLinear(nn.Module, LoraLayer):
         assert isinstance(module, ExpertLinear), f"registered for ExpertLinear, got {type(module).__name__}"
         return module.in_features, module.out_features
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """As ExpertLinear.forward: (M, in), rows grouped by expert -> (M, out)."""
-        a, b = self.lora_A[NAME].unbind(0), self.lora_B[NAME].unbind(0)
-        rows = self.lora_dropout[NAME](x.to(a[0].dtype)).split(counts)
-        low_rank = torch.cat([(rows[e] @ a[e].T) @ b[e].T for e, count in enumerate(counts) if count])
-        return self.base_layer(x, counts) + (self.scaling[NAME] * low_rank).to(x.dtype)
+    def projection(self) -> Projection:
+        """As ExpertLinear.projection, with the factors."""
+        factors = self.lora_A[NAME], self.lora_B[NAME]
+        dropout = self.dropout_rate if self.training else 0.0
+        return Projection(*self.base_layer.projection()[:3], *factors, self.scaling[NAME], dropout)
 
 
 def attach(

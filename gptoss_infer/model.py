@@ -10,15 +10,18 @@ Source: openai/gpt-oss model card (arXiv 2508.10925) and reference code; equal t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gptoss_infer import kernels, mxfp4
+from gptoss_infer.attention import Blocks, cached_attention, packed_attention
 from gptoss_infer.config import ModelConfig, RopeConfig
+from gptoss_infer.experts import Activation, ExpertFormat, Experts, Routing
 
-ExpertFormat = Literal["mxfp4", "bf16"]
+Recompute = Literal["none", "experts", "layers"]
 
 
 class LayerCache(Protocol):
@@ -39,9 +42,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C) in the dtype of x."""
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight).to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number per row for the backward pass, where autograd would keep fp32 copies of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        wide = x.to(torch.promote_types(torch.float32, x.dtype))
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def, override]
+        x, weight, inverse = ctx.saved_tensors
+        unit = x.to(inverse.dtype) * inverse  # x / rms(x)
+        wide = grad.to(inverse.dtype)
+        grad_weight = (wide * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        wide = wide * weight
+        wide -= unit * torch.linalg.vecdot(wide, unit).unsqueeze(-1) / x.shape[-1]
+        return wide.mul_(inverse).to(x.dtype), grad_weight, None
 
 
 def rope_frequencies(head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
@@ -65,36 +87,19 @@ def rope_frequencies(head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, heads, T, D) by angles (B, 1, T, D/2); the pairs are the two halves of D."""
+    """Rotate (B, T, heads, D) by angles (B, T, 1, D/2); the pairs are the two halves of D."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention with one learned sink logit per head that takes probability and gives no value.
-
-    Args:
-        q: (B, H, T, D). k, v: (B, K, S, D). sinks: (H,). mask: bool (B, 1, 1, T, S), True where a query sees a key.
-    Returns: (B, T, H D).
-    """
-    b, h, t, d = q.shape
-    kv = k.shape[1]
-    q = q.view(b, kv, h // kv, t, d)
-    scores = torch.einsum("bkrtd,bksd->bkrts", q, k).float() * d**-0.5  # (B, K, R, T, S)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    sink = sinks.float().view(1, kv, h // kv, 1, 1).expand(b, -1, -1, t, 1)
-    weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]  # (B, K, R, T, S); rows sum to less than 1
-    out = torch.einsum("bkrts,bksd->btkrd", weights.to(v.dtype), v)
-    return out.reshape(b, t, h * d)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with sinks; full or sliding by the mask it is given."""
+    """Grouped-query attention with sinks, full or sliding."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         c, d = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, d
+        self.window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
         self.q_proj = nn.Linear(c, config.num_attention_heads * d)
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d)
@@ -103,113 +108,41 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        b, t, _ = x.shape
         q, k, v = (
-            proj(x).view(b, t, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, H or K, T, D)
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, T, H or K, D)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v, context.positions)
-        return self.o_proj(attention(q, k, v, self.sinks, context.masks[self.layer]))
-
-
-def swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
-    """(..., 2 I) -> (..., I): even columns gate, odd are linear; the gate is clamped above, the linear both ways."""
-    gate, up = x[..., 0::2].clamp(max=limit), x[..., 1::2].clamp(-limit, limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-
-class _DecodedLinear(torch.autograd.Function):
-    """x W^T with W decoded from MXFP4, again in backward: autograd keeps the 4-bit bytes instead of a dense W."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
-        """(N, in), (out, G, 16), (out, G) -> (N, out)."""
-        ctx.save_for_backward(blocks, scales)
-        return x @ kernels.decode(blocks, scales, x.dtype).T
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient to x; the bytes have none."""
-        blocks, scales = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0] @ kernels.decode(blocks, scales, grads[0].dtype), None, None
-
-
-class ExpertLinear(nn.Module):
-    """One projection of every expert of a layer: MXFP4 bytes, decoded when an expert is hit, or dense (E, in, out)."""
-
-    blocks: Tensor  # uint8 (E, out, G, 16), if MXFP4
-    scales: Tensor  # uint8 (E, out, G), if MXFP4
-
-    def __init__(self, num_experts: int, in_features: int, out_features: int, experts: ExpertFormat) -> None:
-        super().__init__()
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
-        if experts == "mxfp4":
-            groups = in_features // mxfp4.BLOCK
-            self.register_buffer("blocks", torch.zeros(num_experts, out_features, groups, 16, dtype=torch.uint8))
-            self.register_buffer("scales", torch.zeros(num_experts, out_features, groups, dtype=torch.uint8))
+        if context.cache is None:
+            flat = (y.flatten(0, 1) for y in (q, k, v))  # (N, H or K, D)
+            out = packed_attention(*flat, self.sinks, context.blocks, self.window)
         else:
-            self.weight = nn.Parameter(torch.zeros(num_experts, in_features, out_features))
-        self.format = experts
-        self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
-
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """Apply expert e to the next counts[e] rows of x (M, in), bias included; return (M, out)."""
-        parts = []
-        for expert, rows in enumerate(x.split(counts)):
-            if counts[expert] == 0:
-                continue
-            if self.format == "mxfp4":
-                product = _DecodedLinear.apply(rows, self.blocks[expert], self.scales[expert])
-            else:
-                product = rows @ self.weight[expert]
-            parts.append(product + self.bias[expert])
-        return torch.cat(parts)
-
-
-class Experts(nn.Module):
-    """The experts of one layer; each that is hit runs once, on all its tokens."""
-
-    def __init__(self, config: ModelConfig, experts: ExpertFormat) -> None:
-        super().__init__()
-        e, c, i = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.num_experts, self.alpha, self.limit = e, config.swiglu_alpha, config.swiglu_limit
-        self.gate_up_proj = ExpertLinear(e, c, 2 * i, experts)
-        self.down_proj = ExpertLinear(e, i, c, experts)
-
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Sort tokens by expert, run the experts, and sum each token's k results in the order of `chosen`.
-
-        Args:
-            x: (N, C). chosen: int64 (N, k). weights: (N, k), softmax over the chosen.
-        Returns: (N, C). Every sum has a fixed order, so results are reproducible.
-        """
-        n, k = chosen.shape
-        order = chosen.view(-1).argsort(stable=True)  # (N k,): slots grouped by expert
-        counts = torch.bincount(chosen.view(-1), minlength=self.num_experts).tolist()
-        hidden = swiglu(self.gate_up_proj(x[order // k], counts), self.alpha, self.limit)  # (N k, I)
-        grouped = self.down_proj(hidden, counts)  # (N k, C)
-        places = torch.empty_like(order).scatter_(
-            0, order, torch.arange(n * k, device=x.device)
-        )  # where each slot went
-        return (grouped[places].view(n, k, -1) * weights.unsqueeze(-1)).sum(1)
+            keys, values = context.cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2), context.positions)
+            mask = context.seen if self.window is None else context.seen_in_window
+            out = cached_attention(q.transpose(1, 2), keys, values, self.sinks, mask)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
 class MoE(nn.Module):
     """Router and experts; the weights are a softmax over the chosen experts' logits only."""
 
-    def __init__(self, config: ModelConfig, experts: ExpertFormat) -> None:
+    def __init__(self, config: ModelConfig, layer: int, experts: ExpertFormat) -> None:
         super().__init__()
-        self.top_k = config.num_experts_per_tok
+        self.layer, self.top_k, self.num_experts = layer, config.num_experts_per_tok, config.num_local_experts
+        activation = Activation(config.swiglu_alpha, config.swiglu_limit)
         self.router = nn.Linear(config.hidden_size, config.num_local_experts)
-        self.experts = Experts(config, experts)
+        self.experts = Experts(
+            config.num_local_experts, config.hidden_size, config.intermediate_size, activation, experts
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        flat = x.reshape(-1, x.shape[-1])  # (N, C)
+        flat = x.flatten(0, 1)  # (N, C)
         logits, chosen = self.router(flat).topk(self.top_k, dim=-1)  # (N, k), sorted
-        weights = logits.float().softmax(-1).to(x.dtype)
-        return self.experts(flat, chosen, weights).view_as(x)
+        weights = logits.softmax(-1, dtype=torch.promote_types(torch.float32, logits.dtype)).to(x.dtype)
+        routing = Routing.of(chosen, self.num_experts)
+        if context.observe is not None:
+            context.observe(self.layer, chosen, routing.counts)
+        return self.experts(flat, weights, routing, recompute=context.recompute == "experts").view_as(x)
 
 
 class Layer(nn.Module):
@@ -220,30 +153,50 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config, experts)
+        self.mlp = MoE(config, layer, experts)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), context)
 
 
 class Context:
-    """What all layers share in one forward: positions, rotations, each layer's mask, and the cache."""
+    """What all layers share in one forward: positions, rotations, what each query sees, the cache, and the options."""
 
     def __init__(
-        self, model: GptOss, positions: Tensor, cache: LayerCache | None, num_keys: int, dtype: torch.dtype
+        self, config: ModelConfig, positions: Tensor, dtype: torch.dtype, cache: LayerCache | None, num_keys: int
     ) -> None:
-        config = model.config
         self.positions, self.cache = positions, cache
+        self.recompute: Recompute = "none"
+        self.observe: Callable[[int, Tensor, list[int]], None] | None = None
         frequencies, scale = rope_frequencies(config.head_dim, config.rope)
-        angles = positions[:, None, :, None].float() * frequencies.to(positions.device)  # (B, 1, T, D/2)
+        angles = positions[:, :, None, None].float() * frequencies.to(positions.device)  # (B, T, 1, D/2)
         self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-        keys = torch.arange(num_keys, device=positions.device) if cache is not None else positions[:, None, :]
-        distance = positions[:, :, None] - keys  # (B, T, S)
-        causal = (distance >= 0)[:, None, None]  # (B, 1, 1, T, S)
-        window = causal & (distance < config.sliding_window)[:, None, None]
-        self.masks = [window if kind == "sliding_attention" else causal for kind in config.layer_types]
+        if cache is None:
+            self.blocks = Blocks(document_starts(positions), positions.device)
+            return
+        distance = positions[:, :, None] - torch.arange(num_keys, device=positions.device)  # (B, T, S)
+        self.seen = (distance >= 0)[:, None, None]  # (B, 1, 1, T, S)
+        self.seen_in_window = self.seen & (distance < config.sliding_window)[:, None, None]
+
+
+def document_starts(positions: Tensor) -> Tensor:
+    """Return where the document of each token begins in the flattened batch, int64 (B T,) on the CPU.
+
+    A document is a run of positions 0, 1, 2, ...; every row begins one.
+    Raises: ValueError for other positions.
+    """
+    flat = positions.flatten().cpu()
+    starts = torch.arange(len(flat)) - flat
+    steps = flat.diff()
+    row_starts = flat[:: positions.shape[1]] if len(flat) else flat
+    if bool((row_starts != 0).any()) or bool(((steps != 1) & (flat[1:] != 0)).any()):
+        raise ValueError(
+            "without a cache, the positions of a row are those of whole documents: 0, 1, 2, ... for each, starting "
+            f"over where the next begins; got {flat[:8].tolist()}..."
+        )
+    return starts
 
 
 class Decoder(nn.Module):
@@ -271,21 +224,34 @@ class GptOss(nn.Module):
         return self.model.embed_tokens.weight.device
 
     def hidden(
-        self, input_ids: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None, num_keys: int = 0
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+        num_keys: int = 0,
+        *,
+        recompute: Recompute = "none",
+        observe: Callable[[int, Tensor, list[int]], None] | None = None,
     ) -> Tensor:
         """Return final hidden states (B, T, C), normalised, ready for `lm_head`.
 
         Args:
             input_ids: int64 (B, T). Padding goes to the right, where causality hides it.
-            positions: int64 (B, T); 0..T-1 if omitted.
+            positions: int64 (B, T); 0..T-1 if omitted. Without a cache a row may hold several documents, one after
+                another, whose positions start at 0 each; none sees another.
             cache: filled at `positions`; its first `num_keys` slots are attended to.
+            recompute: what the backward pass computes again instead of keeping: the experts' pre-activations, or whole
+                layers (all but their inputs).
+            observe: called with each layer's number, the experts chosen int64 (N, k) and the tokens per expert.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
-        context = Context(self, positions, cache, num_keys, x.dtype)
+        context = Context(self.config, positions, x.dtype, cache, num_keys)
+        context.recompute, context.observe = recompute, observe
         for layer in self.model.layers:
-            x = layer(x, context)
+            x = checkpoint(layer, x, context, use_reentrant=False) if recompute == "layers" else layer(x, context)
+        context.observe = None  # not again in the backward pass
         return self.model.norm(x)
 
     def forward(

@@ -18,6 +18,8 @@ Rules (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1):
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -56,16 +58,31 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
     Raises: ValueError if shapes or dtypes disagree.
     """
     check_pair(blocks, scales)
-    # One gather of a two-element word per byte: the words of a (256, 2) table viewed as integers.
-    word = {2: torch.int32, 4: torch.int64}.get(dtype.itemsize)
-    table = pair_values(dtype, blocks.device)
-    if word is None:
-        pairs = table[blocks.int()]  # (..., G, 16, 2)
+    table, scale_table = _decode_tables(dtype, blocks.device)
+    # One gather of an 8-byte word per byte (fp32: two elements) or per two bytes (bf16: four).
+    if dtype.itemsize == 2:
+        words = table.index_select(0, blocks.view(torch.int16).reshape(-1).int().add_(2**15))
+    elif dtype.itemsize == 4:
+        words = table.index_select(0, blocks.reshape(-1).int())
     else:
-        pairs = table.view(word).view(-1).index_select(0, blocks.reshape(-1).int()).view(dtype)
-    values = pairs.view(*scales.shape, BLOCK)  # (..., G, 32)
-    values = values.mul_(scale_values(dtype, blocks.device)[scales.int()].unsqueeze(-1))
+        words = table[blocks.int()]  # (..., G, 16, 2)
+    values = words.view(dtype).view(*scales.shape, BLOCK)  # (..., G, 32)
+    values = values.mul_(scale_table[scales.int()].unsqueeze(-1))
     return values.flatten(-2)
+
+
+@functools.cache
+def _decode_tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what a byte, or two, decode to, as words of 8 bytes if `dtype` is 2 or 4 bytes wide, and scale values."""
+    pairs = pair_values(dtype, device)  # (256, 2)
+    scale_table = scale_values(dtype, device)
+    if dtype.itemsize == 4:
+        return pairs.view(torch.int64).view(-1), scale_table
+    if dtype.itemsize != 2:
+        return pairs, scale_table
+    number = torch.arange(-(2**15), 2**15, device=device)  # two bytes, little-endian, as a signed integer
+    four = torch.cat([pairs[number & 255], pairs[(number >> 8) & 255]], dim=1)  # (65536, 4)
+    return four.contiguous().view(torch.int64).view(-1), scale_table
 
 
 def encode(weights: Tensor, like: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -28,11 +28,13 @@ OF_INFER = {
 FORMATS = {"checkpoint", "config", "errors", "harmony", "mxfp4"}
 LAYERS = {name: FORMATS for name in FORMATS} | {
     "kernels": FORMATS | {"kernels"},
-    "model": FORMATS | {"kernels", "model"},
+    "attention": {"attention"},
+    "experts": FORMATS | {"kernels", "experts"},
+    "model": FORMATS | {"attention", "experts", "model"},
     "cache": FORMATS,
     "adapter": FORMATS | {"adapter"},
     "loading": FORMATS | {"kernels", "model"},
-    "lora": FORMATS | {"adapter", "model"},
+    "lora": FORMATS | {"adapter", "experts", "model"},
 }
 TRAINING_ONLY = {
     "accelerate",

@@ -1,0 +1,160 @@
+"""Softmax attention with sinks: over a packed batch in linear memory, and over a cache; plain PyTorch.
+
+A sink is one learned logit per head that takes probability and gives no value. `packed_attention` is what training and
+scoring run: documents lie one after another, a query sees the keys of its own document up to itself, on sliding layers
+the last `window` of them. It works through blocks of queries and never holds more than one block's scores; backward
+computes them again. `cached_attention` is what generation runs: few queries against all cached keys.
+
+The backward pass is flash attention's (Dao et al., arXiv 2205.14135), fed with the output and the normalizer that
+include the sink. That makes the gradients to q, k and v exact as they stand, and the sink's is -sum(p_sink * D).
+
+Legend: N tokens of all documents, H query heads, K key/value heads, R = H / K query heads per kv head, D head size, S
+keys in a block's range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_QUERIES = 128  # on a CPU; the scores of a block, H x 128 x S, then stay near the cores
+SCORE_BYTES = 2**29  # on a GPU, where larger blocks mean fewer launches: fp32 scores of a block
+
+
+class Blocks:
+    """How a packed batch is worked through: blocks of queries, and the first key that each may see.
+
+    Args:
+        starts: int64 (N,), on the CPU: where the document of each token begins; not decreasing.
+    """
+
+    def __init__(self, starts: Tensor, device: torch.device) -> None:
+        self.num_tokens, self.device = len(starts), device
+        self.first_of = starts.tolist()
+        self.starts = starts.to(device)
+
+    def ranges(self, window: int | None, num_heads: int) -> list[tuple[int, int, int]]:
+        """Return (first query, end of queries, first key) of every block; its last key is its last query."""
+        found, first = [], 0
+        while first < self.num_tokens:
+            document = self.first_of[first]
+            size = BLOCK_QUERIES
+            if self.device.type != "cpu":
+                keys = first - document + size if window is None else min(first - document, window) + size
+                size = max(size, SCORE_BYTES // (4 * num_heads * keys) // size * size)
+            end = min(first + size, self.num_tokens)
+            key = document if window is None else max(document, first - window + 1)
+            found.append((first, end, key))
+            first = end
+        return found
+
+    def hidden(self, first: int, end: int, key: int, window: int | None) -> Tensor:
+        """Return bool (n, S): True where a query of the block must not see a key."""
+        queries = torch.arange(first, end, device=self.device).unsqueeze(1)
+        keys = torch.arange(key, end, device=self.device)
+        hidden = (keys > queries) | (keys < self.starts[first:end].unsqueeze(1))
+        return hidden if window is None else hidden | (queries - keys >= window)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, window: int | None) -> Tensor:
+    """Attend within documents, causally, to the last `window` keys (the query's own included; None: to all).
+
+    Args:
+        q: (N, H, D). k, v: (N, K, D). sinks: (H,).
+    Returns: (N, H, D), differentiable in all four tensors.
+    """
+    return _PackedAttention.apply(q, k, v, sinks, blocks, window)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """See `packed_attention`."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, window: int | None
+    ) -> Tensor:
+        n, heads, d = q.shape
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dtype = torch.promote_types(torch.float32, q.dtype)
+        normalizers = torch.empty(heads, n, dtype=dtype, device=q.device)  # (H, N): log of the sum, sink included
+        for first, end, key in blocks.ranges(window, heads):
+            queries, keys = _by_kv_head(q[first:end], k.shape[1]), k[key:end].transpose(0, 1)  # (K, R n, D), (K, S, D)
+            scores = _scores(queries, keys, blocks.hidden(first, end, key, window))  # (K, R n, S)
+            sink = _per_row(sinks.to(dtype), end - first, k.shape[1])  # (K, R n, 1)
+            top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+            weights = scores.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True).add_((sink - top).exp_())
+            result = torch.bmm(weights.div_(total).to(v.dtype), v[key:end].transpose(0, 1))  # (K, R n, D)
+            out[first:end] = _by_token(result, heads)
+            normalizers[:, first:end] = top.add_(total.log_()).view(heads, -1)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, sinks, out, normalizers)
+            ctx.blocks, ctx.window = blocks, window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        q, k, v, sinks, out, normalizers = ctx.saved_tensors
+        heads, kv, dtype = q.shape[1], k.shape[1], normalizers.dtype
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        products = torch.linalg.vecdot(grad.to(dtype), out.to(dtype)).T.contiguous()  # (H, N)
+        for first, end, key in ctx.blocks.ranges(ctx.window, heads):
+            queries, upstream = _by_kv_head(q[first:end], kv), _by_kv_head(grad[first:end], kv)  # (K, R n, D)
+            keys, values = k[key:end].transpose(0, 1), v[key:end].transpose(0, 1)  # (K, S, D)
+            weights = _scores(queries, keys, ctx.blocks.hidden(first, end, key, ctx.window))
+            weights.sub_(normalizers[:, first:end].reshape(kv, -1, 1)).exp_()  # (K, R n, S)
+            grad_v[key:end] += torch.bmm(weights.to(v.dtype).mT, upstream).transpose(0, 1)
+            slopes = torch.bmm(upstream, values.mT).to(dtype)  # (K, R n, S)
+            slopes.sub_(products[:, first:end].reshape(kv, -1, 1)).mul_(weights).mul_(q.shape[2] ** -0.5)
+            slopes = slopes.to(q.dtype)
+            grad_q[first:end] = _by_token(torch.bmm(slopes, keys), heads)
+            grad_k[key:end] += torch.bmm(slopes.mT, queries).transpose(0, 1)
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            shares = (sinks.to(dtype).unsqueeze(1) - normalizers).exp()  # (H, N)
+            grad_sinks = -(shares * products).sum(1).to(sinks.dtype)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
+
+
+def _by_kv_head(x: Tensor, kv: int) -> Tensor:
+    """(n, H, D) -> (K, R n, D)."""
+    n, heads, d = x.shape
+    return x.view(n, kv, heads // kv, d).permute(1, 2, 0, 3).reshape(kv, -1, d)
+
+
+def _by_token(x: Tensor, heads: int) -> Tensor:
+    """(K, R n, D) -> (n, H, D)."""
+    return x.view(heads, -1, x.shape[2]).transpose(0, 1)
+
+
+def _per_row(sinks: Tensor, n: int, kv: int) -> Tensor:
+    """(H,) -> (K, R n, 1)."""
+    return sinks.view(kv, -1, 1).expand(-1, -1, n).reshape(kv, -1, 1)
+
+
+def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    """(K, R n, D), (K, S, D), bool (n, S) -> scaled scores (K, R n, S) in fp32 or better, -inf where hidden."""
+    dtype = torch.promote_types(torch.float32, queries.dtype)
+    scores = torch.bmm(queries, keys.mT).to(dtype).mul_(queries.shape[2] ** -0.5)
+    by_query = scores.view(scores.shape[0], -1, *hidden.shape)  # (K, R, n, S)
+    by_query.masked_fill_(hidden, -torch.inf)
+    return scores
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> Tensor:
+    """Attend from new tokens to cached ones.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, K, S, D). sinks: (H,). mask: bool (B, 1, 1, T, S), True where a query sees a key.
+    Returns: (B, T, H, D).
+    """
+    b, h, t, d = q.shape
+    kv = k.shape[1]
+    q = q.view(b, kv, h // kv, t, d)
+    dtype = torch.promote_types(torch.float32, q.dtype)
+    scores = torch.einsum("bkrtd,bksd->bkrts", q, k).to(dtype) * d**-0.5  # (B, K, R, T, S)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    sink = sinks.to(dtype).view(1, kv, h // kv, 1, 1).expand(b, -1, -1, t, 1)
+    weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]  # (B, K, R, T, S); rows sum to less than 1
+    return torch.einsum("bkrts,bksd->btkrd", weights.to(v.dtype), v).reshape(b, t, h, d)

@@ -1,0 +1,428 @@
+"""The experts of a layer, and the one function that runs them: forward, and exact gradients without dense weights.
+
+Here: `ExpertLinear` (MXFP4 bytes or dense weights of one projection), `Projection` (with its LoRA factors, if any) and
+`run_experts`. Not here: the router (`gptoss_infer.model`) and how factors get there (`gptoss_infer.lora`).
+
+Tokens are sorted by expert once. Experts are then taken in chunks: decode the chunk's weights, multiply the chunk's
+rows, and go on, so that at most `CHUNK_BYTES` of decoded weights (one expert on a CPU) exist at a time. The backward
+pass decodes again. Kept for it are the pre-activations of the SwiGLU and the r-dimensional LoRA products, or nothing at
+all with `recompute`; never a sorted copy of the tokens, an expert's output or a weight.
+
+Legend: N tokens, k experts per token, M = N k rows (one per token and chosen expert), E experts, C hidden size, I
+intermediate size, r LoRA rank, G blocks of 32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptoss_infer import kernels, mxfp4
+
+ExpertFormat = Literal["mxfp4", "bf16"]
+CHUNK_BYTES = 2**28  # decoded expert weights held at a time on a GPU: 8 experts of gpt-oss' gate_up_proj in bf16
+
+
+class ExpertLinear(nn.Module):
+    """One projection of every expert of a layer: MXFP4 bytes, or dense weights (E, in, out) as in bf16 checkpoints."""
+
+    blocks: Tensor  # uint8 (E, out, G, 16), if MXFP4
+    scales: Tensor  # uint8 (E, out, G), if MXFP4
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, experts: ExpertFormat) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        if experts == "mxfp4":
+            groups = in_features // mxfp4.BLOCK
+            self.register_buffer("blocks", torch.zeros(num_experts, out_features, groups, 16, dtype=torch.uint8))
+            self.register_buffer("scales", torch.zeros(num_experts, out_features, groups, dtype=torch.uint8))
+        else:
+            self.weight = nn.Parameter(torch.zeros(num_experts, in_features, out_features))
+        self.format = experts
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
+
+    def projection(self) -> Projection:
+        """Return the tensors that `run_experts` takes."""
+        if self.format == "mxfp4":
+            return Projection(self.blocks, self.scales, self.bias)
+        return Projection(self.weight, None, self.bias)
+
+
+class Projection(NamedTuple):
+    """One projection of all experts: y = x W^T + bias + scaling (drop(x) A^T) B^T."""
+
+    weight: Tensor  # MXFP4 blocks uint8 (E, out, G, 16), or dense (E, in, out)
+    scales: Tensor | None  # uint8 (E, out, G); None if dense
+    bias: Tensor  # (E, out)
+    a: Tensor | None = None  # (E, r, in)
+    b: Tensor | None = None  # (E, out, r)
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    def dense(self, experts: slice, dtype: torch.dtype) -> Tensor:
+        """Return the weights of some experts, (n, in, out), decoded if need be."""
+        if self.scales is None:
+            return self.weight[experts]
+        return kernels.decode(self.weight[experts], self.scales[experts], dtype).mT
+
+
+class Routing(NamedTuple):
+    """Which row holds what, rows being (token, chosen expert) pairs sorted by expert."""
+
+    slots: Tensor  # int64 (M,): the choice n k + j that each row is
+    tokens: Tensor  # int64 (M,): the token n of each row
+    rows: Tensor  # int64 (N, k): the row of each choice
+    counts: list[int]  # (E,) rows per expert
+
+    @classmethod
+    def of(cls, chosen: Tensor, num_experts: int) -> Routing:
+        """Sort the choices int64 (N, k) by expert, tokens in order within each."""
+        flat = chosen.reshape(-1)
+        slots = flat.argsort(stable=True)  # (M,)
+        rows = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
+        counts = torch.bincount(flat, minlength=num_experts).tolist()
+        return cls(slots, slots // chosen.shape[1], rows.view_as(chosen), counts)
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, slice, list[int]]]:
+        """Yield (experts, rows, counts) of `size` experts at a time, leaving out those without a token."""
+        ends = [0, *accumulate(self.counts)]
+        for first in range(0, len(self.counts), size):
+            last = min(first + size, len(self.counts))
+            if ends[first] < ends[last]:
+                yield slice(first, last), slice(ends[first], ends[last]), self.counts[first:last]
+
+
+class Activation(NamedTuple):
+    """The constants of gpt-oss' clamped SwiGLU."""
+
+    alpha: float
+    limit: float
+
+
+class Experts(nn.Module):
+    """The experts of one layer."""
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, activation: Activation, experts: ExpertFormat
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_up_proj = ExpertLinear(num_experts, hidden_size, 2 * intermediate_size, experts)
+        self.down_proj = ExpertLinear(num_experts, intermediate_size, hidden_size, experts)
+
+    def forward(self, x: Tensor, weights: Tensor, routing: Routing, *, recompute: bool = False) -> Tensor:
+        """As `run_experts`."""
+        gate_up, down = self.gate_up_proj.projection(), self.down_proj.projection()
+        return run_experts(x, weights, routing, gate_up, down, self.activation, recompute=recompute)
+
+
+def run_experts(
+    x: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    gate_up: Projection,
+    down: Projection,
+    activation: Activation,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """Return the weighted sum of each token's experts, (N, C).
+
+    Differentiable in `x`, `weights`, the LoRA factors, and biases and dense weights if they require a gradient. Every
+    sum has a fixed order: results are reproducible bit for bit on a CPU.
+
+    Args:
+        x: (N, C). weights: (N, k), the softmax over the chosen.
+        recompute: keep no pre-activations for the backward pass; it multiplies by gate_up once more.
+    """
+    tensors = [t for p in (gate_up, down) for t in (p.weight, p.scales, p.bias, p.a, p.b)]
+    options = _Options(routing, activation, recompute, (gate_up.scaling, gate_up.dropout, down.scaling, down.dropout))
+    return _RunExperts.apply(x, weights, options, *tensors)
+
+
+class _Options(NamedTuple):
+    routing: Routing
+    activation: Activation
+    recompute: bool
+    lora: tuple[float, float, float, float]  # scaling and dropout of gate_up, of down
+
+
+class _RunExperts(torch.autograd.Function):
+    """See `run_experts`; tensors are weight, scales, bias, a, b of gate_up, then of down."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weights: Tensor, options: _Options, *tensors: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        gate_up, down = _linears(options, tensors, x.dtype)
+        routing = options.routing
+        keep = any(ctx.needs_input_grad)
+        results = x.new_empty(len(routing.slots), x.shape[1])  # (M, C)
+        saved: list[Tensor | None] = []
+        for experts, rows, counts in routing.chunks(_chunk_size(gate_up, x)):
+            inputs = x.index_select(0, routing.tokens[rows])  # (m, C)
+            masks = gate_up.dropout_mask(inputs), down.dropout_mask(inputs)
+            pre, low_in = gate_up.forward(inputs, experts, counts, masks[0])  # (m, 2 I), (m, r)
+            hidden = swiglu(pre, options.activation, gate_up.halves)  # (m, I)
+            results[rows], low_out = down.forward(hidden, experts, counts, masks[1])
+            if keep:
+                saved += [*masks] if options.recompute else [*masks, pre, low_in, low_out]
+        if keep:
+            ctx.options, ctx.num_tensors = options, len(tensors)
+            ctx.save_for_backward(x, weights, *tensors, *saved)
+        return weighted_sum(results, routing.rows, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+        x, weights, *rest = ctx.saved_tensors
+        options, tensors, saved = ctx.options, rest[: ctx.num_tensors], iter(rest[ctx.num_tensors :])
+        gate_up, down = _linears(options, tensors, x.dtype)
+        routing = options.routing
+        gate_up.open_gradients(ctx.needs_input_grad[3:8])
+        down.open_gradients(ctx.needs_input_grad[8:13])
+        slopes = weights.new_empty(len(routing.slots))  # (M,): to the weight of each row
+        grad_inputs = x.new_empty(len(routing.slots), x.shape[1])  # (M, C)
+        of_rows = weights.reshape(-1)[routing.slots].unsqueeze(1)  # (M, 1)
+        for experts, rows, counts in routing.chunks(_chunk_size(gate_up, x)):
+            tokens = routing.tokens[rows]
+            inputs = x.index_select(0, tokens)  # (m, C)
+            masks = next(saved), next(saved)
+            if options.recompute:
+                pre, low_in = gate_up.forward(inputs, experts, counts, masks[0])
+            else:
+                pre, low_in = next(saved), next(saved)
+            hidden = swiglu(pre, options.activation, gate_up.halves)  # (m, I)
+            low_out = down.low_rank(hidden, experts, counts, masks[1]) if options.recompute else next(saved)
+            # The result of a row is w (W h + b): its gradient to w needs W h + b, which is not kept, but
+            # g (W h + b) = (g W) h + g b, and g W is needed anyway.
+            upstream = grad.index_select(0, tokens)  # (m, C), not yet times w
+            scale = of_rows[rows]
+            grad_hidden = down.grad_input(upstream, experts, counts, masks[1])  # (m, I), times w below
+            slopes[rows] = row_dot(grad_hidden, hidden).add_(row_dot(upstream, down.row_bias(experts, counts))).to(slopes.dtype)
+            down.add_gradients(upstream * scale, hidden, low_out, experts, counts, masks[1])
+            grad_pre = swiglu_backward(grad_hidden.mul_(scale), pre, options.activation, gate_up.halves)
+            if ctx.needs_input_grad[0]:
+                grad_inputs[rows] = gate_up.grad_input(grad_pre, experts, counts, masks[0])
+            gate_up.add_gradients(grad_pre, inputs, low_in, experts, counts, masks[0])
+        grad_x = weighted_sum(grad_inputs, routing.rows, None) if ctx.needs_input_grad[0] else None
+        return grad_x, slopes[routing.rows], None, *gate_up.gradients(), *down.gradients()
+
+
+def _linears(options: _Options, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[_Linear, _Linear]:
+    scaling_in, dropout_in, scaling_out, dropout_out = options.lora
+    gate_up = Projection(*tensors[:5], scaling_in, dropout_in)  # type: ignore[arg-type]
+    down = Projection(*tensors[5:], scaling_out, dropout_out)  # type: ignore[arg-type]
+    # Decoding can put gate and up in halves, which are cheaper to work on than alternating columns; dense weights are
+    # used where they lie.
+    return _Linear(gate_up, dtype, halves=gate_up.scales is not None), _Linear(down, dtype, halves=False)
+
+
+def _chunk_size(gate_up: _Linear, x: Tensor) -> int:
+    """Return how many experts are worked on at a time: one on a CPU, where its rows stay in cache."""
+    if not x.is_cuda:
+        return 1
+    return max(1, CHUNK_BYTES // (gate_up.num_weights * x.element_size()))
+
+
+class _Linear:
+    """A projection during one pass: products of a chunk's rows, grouped by expert, and the gradients collected."""
+
+    def __init__(self, projection: Projection, dtype: torch.dtype, *, halves: bool) -> None:
+        self.p, self.dtype, self.halves = projection, dtype, halves
+        self.bias = self._ordered(projection.bias).to(dtype)  # (E, out)
+        self.num_weights = projection.weight[0].numel() * (1 if projection.scales is None else 2)  # of one expert
+        self.a = self.b = None
+        if projection.a is not None and projection.b is not None:
+            self.a = padded(projection.a.to(dtype), 1)  # (E, r, in)
+            self.b = padded(self._ordered(projection.b).to(dtype), 2)  # (E, out, r)
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """Bring (E, out, ...) from the checkpoint's order, gate and up alternating, into halves, if that is used."""
+        return torch.cat([x[:, 0::2], x[:, 1::2]], dim=1) if self.halves else x
+
+    def weights(self, experts: slice) -> Tensor:
+        """Return (n, in, out) in `dtype`."""
+        if not self.halves:
+            return self.p.dense(experts, self.dtype)
+        assert self.p.scales is not None, "only decoded weights are put in halves"
+        blocks, scales = self.p.weight[experts], self.p.scales[experts]
+        blocks = blocks.unflatten(1, (-1, 2)).transpose(1, 2)  # (n, 2, I, G, 16)
+        scales = scales.unflatten(1, (-1, 2)).transpose(1, 2)
+        return kernels.decode(blocks, scales, self.dtype).flatten(1, 2).mT
+
+    def dropout_mask(self, like: Tensor) -> Tensor | None:
+        """Return a fresh mask (m, in) of 0 and 1 / (1 - p) for the input of the LoRA term; None without dropout."""
+        if self.a is None or self.p.dropout == 0:
+            return None
+        keep = 1 - self.p.dropout
+        return like.new_empty(len(like), self.a.shape[2]).bernoulli_(keep).div_(keep)
+
+    def forward(
+        self, x: Tensor, experts: slice, counts: list[int], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(m, in) -> (m, out) with bias and LoRA, and the LoRA product (m, r)."""
+        y = grouped_mm(x, self.weights(experts), counts, self.bias[experts])
+        low = self.low_rank(x, experts, counts, mask)
+        if low is not None:
+            assert self.b is not None
+            add_grouped_mm(y, low, self.b[experts].mT, counts, self.p.scaling)
+        return y, low
+
+    def low_rank(self, x: Tensor, experts: slice, counts: list[int], mask: Tensor | None) -> Tensor | None:
+        """(m, in) -> drop(x) A^T (m, r); None without factors."""
+        if self.a is None:
+            return None
+        return grouped_mm(x if mask is None else x * mask, self.a[experts].mT, counts)
+
+    def row_bias(self, experts: slice, counts: list[int]) -> Tensor:
+        """Return the bias of each row, (m, out); one row if all are alike."""
+        if len(counts) == 1:
+            return self.bias[experts]
+        repeats = torch.tensor(counts, device=self.bias.device)
+        return self.bias[experts].repeat_interleave(repeats, dim=0, output_size=sum(counts))
+
+    def grad_input(self, grad: Tensor, experts: slice, counts: list[int], mask: Tensor | None) -> Tensor:
+        """(m, out) -> (m, in)."""
+        result = grouped_mm(grad, self.weights(experts).mT, counts)
+        if self.a is not None and self.b is not None:
+            low = grouped_mm(grad, self.b[experts], counts)  # (m, r)
+            if mask is None:
+                add_grouped_mm(result, low, self.a[experts], counts, self.p.scaling)
+            else:
+                result.add_(grouped_mm(low, self.a[experts], counts).mul_(mask), alpha=self.p.scaling)
+        return result
+
+    def open_gradients(self, needed: Sequence[bool]) -> None:
+        """Prepare to collect gradients; `needed` is of weight, scales, bias, a, b."""
+        weight, _, bias, a, b = needed
+
+        def zeros(wanted: bool, like: Tensor | None) -> Tensor | None:
+            return torch.zeros_like(like) if wanted and like is not None else None
+
+        self.grad_weight, self.grad_bias = zeros(weight, self.p.weight), zeros(bias, self.bias)
+        self.grad_a, self.grad_b = zeros(a, self.a), zeros(b, self.b)
+
+    def add_gradients(
+        self, grad: Tensor, x: Tensor, low: Tensor | None, experts: slice, counts: list[int], mask: Tensor | None
+    ) -> None:
+        """Collect the gradients to everything that needs one, from the gradient (m, out) to the result."""
+        if self.grad_weight is not None:
+            self.grad_weight[experts] = grouped_outer(x, grad, counts)
+        if self.grad_bias is not None:
+            self.grad_bias[experts] = torch.stack([part.sum(0) for part in grad.split(counts)])
+        if self.grad_b is not None and low is not None:
+            self.grad_b[experts] = grouped_outer(grad, low, counts)
+        if self.grad_a is not None and self.b is not None:
+            back = grouped_mm(grad, self.b[experts], counts)  # (m, r)
+            self.grad_a[experts] = grouped_outer(back, x if mask is None else x * mask, counts)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients to weight, scales, bias, a, b, in their own order and dtypes."""
+        grad_a = grad_b = grad_bias = None
+        if self.grad_bias is not None:
+            grad_bias = self._original(self.grad_bias).to(self.p.bias.dtype)
+        if self.grad_a is not None and self.p.a is not None:
+            grad_a = self.grad_a[:, : self.p.a.shape[1]].to(self.p.a.dtype).mul_(self.p.scaling)
+        if self.grad_b is not None and self.p.b is not None:
+            grad_b = self.grad_b[..., : self.p.b.shape[2]]
+            grad_b = self._original(grad_b).to(self.p.b.dtype).mul_(self.p.scaling)
+        return self.grad_weight, None, grad_bias, grad_a, grad_b
+
+    def _original(self, x: Tensor) -> Tensor:
+        """Undo `_ordered`."""
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) if self.halves else x
+
+
+def padded(x: Tensor, dim: int) -> Tensor:
+    """Fill a LoRA rank up with zeros to a multiple of 8 on a GPU, whose grouped products need 16-byte strides."""
+    missing = -x.shape[dim] % 8 if x.is_cuda else 0
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim=dim)
+
+
+def grouped_mm(x: Tensor, weights: Tensor, counts: list[int], bias: Tensor | None = None) -> Tensor:
+    """Multiply the next counts[e] rows of x (m, K) by weights[e], of (n, K, L), and add bias[e]; return (m, L)."""
+    if len(counts) == 1:
+        return x @ weights[0] if bias is None else torch.addmm(bias[0], x, weights[0])
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        y = F.grouped_mm(x, weights, offs=_offsets(counts, x.device))
+    else:
+        y = torch.cat([part @ weights[e] for e, part in enumerate(x.split(counts))])
+    if bias is not None:
+        repeats = torch.tensor(counts, device=x.device)
+        y += bias.repeat_interleave(repeats, dim=0, output_size=len(x))
+    return y
+
+
+def add_grouped_mm(y: Tensor, x: Tensor, weights: Tensor, counts: list[int], scale: float) -> None:
+    """y += scale * grouped_mm(x, weights), in place."""
+    if len(counts) == 1:
+        y.addmm_(x, weights[0], alpha=scale)
+    else:
+        y.add_(grouped_mm(x, weights, counts), alpha=scale)
+
+
+def grouped_outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
+    """Return (n, P, Q): for each expert, left^T right over its rows, of (m, P) and (m, Q)."""
+    if len(counts) == 1:
+        return (left.mT @ right).unsqueeze(0)
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return F.grouped_mm(left.mT, right, offs=_offsets(counts, left.device))
+    pairs = zip(left.split(counts), right.split(counts), strict=True)
+    return torch.stack([a.mT @ b for a, b in pairs])
+
+
+def _offsets(counts: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
+
+
+def weighted_sum(results: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Return (N, C): the sum of the rows (N, k) of results (M, C), times weights (N, k) if given."""
+    if results.dtype == torch.float64 or len(rows) == 0:
+        picked = results[rows]  # (N, k, C)
+        return (picked if weights is None else picked * weights.unsqueeze(-1)).sum(1)
+    return F.embedding_bag(rows, results, per_sample_weights=weights, mode="sum")  # gathers and sums in one pass
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot products of rows (m,) in fp32 or better; b may have one row for all of a's."""
+    dtype = torch.promote_types(torch.float32, a.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    return a @ b[0] if len(b) == 1 else torch.linalg.vecdot(a, b)
+
+
+def gate_and_up(pre: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
+    """Split (m, 2 I) into gate and up, (m, I) each: halves, or even and odd columns as checkpoints have them."""
+    width = pre.shape[1] // 2
+    return (pre[:, :width], pre[:, width:]) if halves else (pre[:, 0::2], pre[:, 1::2])
+
+
+def swiglu(pre: Tensor, activation: Activation, halves: bool = False) -> Tensor:
+    """(m, 2 I) -> (m, I): the gate is clamped above, up on both sides; computed in fp32 or better."""
+    dtype = torch.promote_types(torch.float32, pre.dtype)
+    gate, up = (half.to(dtype) for half in gate_and_up(pre, halves))
+    gate = gate.clamp(max=activation.limit)
+    up = up.clamp(-activation.limit, activation.limit).add_(1)
+    # gate * sigmoid(alpha gate) is silu(alpha gate) / alpha.
+    return F.silu(gate.mul_(activation.alpha)).mul_(up).div_(activation.alpha).to(pre.dtype)
+
+
+def swiglu_backward(grad: Tensor, pre: Tensor, activation: Activation, halves: bool = False) -> Tensor:
+    """Return the gradient (m, 2 I) to `pre` from that to `swiglu` (m, I); nothing passes a clamp."""
+    dtype = torch.promote_types(torch.float32, pre.dtype)
+    gate, up = (half.to(dtype) for half in gate_and_up(pre, halves))
+    limit, alpha = activation.limit, activation.alpha
+    grad = grad.to(dtype)
+    result = torch.empty_like(pre)
+    grad_gate, grad_up = gate_and_up(result, halves)
+    scaled = gate.clamp(max=limit).mul_(alpha)
+    slope = torch.ops.aten.silu_backward(grad * up.clamp(-limit, limit).add_(1), scaled)
+    grad_gate.copy_(slope.masked_fill_(gate > limit, 0))
+    grad_up.copy_(F.silu(scaled).mul_(grad).div_(alpha).masked_fill_(up.abs() > limit, 0))
+    return result

@@ -1,9 +1,9 @@
 """LoRA adapters on disk in PEFT's format, read into plain tensors and written back; needs no PEFT.
 
 Stock `peft` over stock `transformers` loads what is written here, and what it writes is read. PEFT addresses the
-experts through `target_parameters`: per layer it nests one wrapper for `down_proj` around one for `gate_up_proj`,
-stores A with rows ordered (expert, rank) and B with columns ordered (rank, expert). Anything in an adapter that has no
-place here is an error: an adapter is loaded whole or not at all.
+experts and the router through `target_parameters`: per layer it nests one wrapper for the experts' `down_proj` around
+one for `gate_up_proj`, and stores A with rows ordered (expert, rank) and B with columns ordered (rank, expert).
+Anything in an adapter that has no place here is an error: an adapter is loaded whole or not at all.
 Source: peft 0.21 `ParamWrapper`, checked against it in tests.
 """
 
@@ -28,11 +28,12 @@ from gptoss_infer.errors import DataError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
+ROUTER = "router"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 KEY = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\."
-    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.experts(?P<nested>\.base_layer)?)"
+    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?P<router>router)|mlp\.experts(?P<nested>\.base_layer)?)"
     r"\.lora_(?P<side>[AB])\.weight"
 )
 # Options of PEFT that change what an adapter computes and that nothing here implements.
@@ -47,7 +48,7 @@ class Target(NamedTuple):
     """One adapted weight of a layer."""
 
     layer: int
-    weight: str  # of ATTENTION or EXPERTS
+    weight: str  # of ATTENTION or EXPERTS, or ROUTER
 
     @property
     def is_expert(self) -> bool:
@@ -57,7 +58,8 @@ class Target(NamedTuple):
     @property
     def module(self) -> str:
         """Name of the module in our model."""
-        return f"model.layers.{self.layer}.{'mlp.experts' if self.is_expert else 'self_attn'}.{self.weight}"
+        owner = "mlp" if self.weight == ROUTER else "mlp.experts" if self.is_expert else "self_attn"
+        return f"model.layers.{self.layer}.{owner}.{self.weight}"
 
 
 class Factors(NamedTuple):
@@ -138,13 +140,15 @@ def _collect(
             continue
         layer = int(match["layer"])
         nested = any(f"layers.{layer}.mlp.experts.base_layer." in other for other in tensors)
-        weight = match["attention"] or _expert_weight(raw, nested, match["nested"] is not None, directory)
+        weight = (
+            match["attention"] or match["router"] or _expert_weight(raw, nested, match["nested"] is not None, directory)
+        )
         found.setdefault(Target(layer, weight), {})[match["side"]] = tensor
     if unknown:
         raise DataError(
             f"{directory / WEIGHTS}: {len(unknown)} tensors have no place in a {config.num_hidden_layers}-layer "
-            f"gpt-oss model, such as {unknown[0]}; supported are {', '.join(ATTENTION)} and the experts' "
-            f"{' and '.join(EXPERTS)}"
+            f"gpt-oss model, such as {unknown[0]}; supported are {', '.join(ATTENTION)}, {ROUTER} and the "
+            f"experts' {' and '.join(EXPERTS)}"
         )
     for target, sides in sorted(found.items()):
         if sides.keys() != {"A", "B"}:
@@ -185,8 +189,10 @@ def weight_shape(weight: str, config: ModelConfig) -> tuple[int, int]:
     """Return (in, out) of an adaptable weight (of one expert)."""
     c, i = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes = {"q_proj": (c, q), "k_proj": (c, kv), "v_proj": (c, kv), "o_proj": (q, c)}
-    return shapes.get(weight) or {"gate_up_proj": (c, 2 * i), "down_proj": (i, c)}[weight]
+    return {
+        "q_proj": (c, q), "k_proj": (c, kv), "v_proj": (c, kv), "o_proj": (q, c),
+        "gate_up_proj": (c, 2 * i), "down_proj": (i, c), ROUTER: (c, config.num_local_experts),
+    }[weight]  # fmt: skip
 
 
 def write_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> None:
@@ -202,6 +208,10 @@ def write_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
         tensors[f"{prefix}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"{prefix}.lora_B.weight"] = b.detach().cpu().contiguous()
     save_tensors(directory / WEIGHTS, tensors)
+    parameters = [
+        *_listed(adapter.factors, EXPERTS, "mlp.experts", config),
+        *(f"{name}.weight" for name in _listed(adapter.factors, (ROUTER,), "mlp", config)),
+    ]
     raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -209,11 +219,11 @@ def write_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
+        "lora_dropout": 0.0 if parameters else adapter.dropout,  # PEFT loads no parameters with it; training is over
         "use_rslora": adapter.rslora,
         "bias": "none",
         "target_modules": _listed(adapter.factors, ATTENTION, "self_attn", config),
-        "target_parameters": _listed(adapter.factors, EXPERTS, "mlp.experts", config),
+        "target_parameters": parameters,
     }
     (directory / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
 

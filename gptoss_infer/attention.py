@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BLOCK_QUERIES = 128  # on a CPU; the scores of a block, H x 128 x S, then stay near the cores
+KEY_STEP = 64  # key ranges are multiples of it: products of a few sizes, which oneDNN compiles once each
 SCORE_BYTES = 2**29  # on a GPU, where larger blocks mean fewer launches: fp32 scores of a block
 
 
@@ -34,7 +35,10 @@ class Blocks:
         self.starts = starts.to(device)
 
     def ranges(self, window: int | None, num_heads: int) -> list[tuple[int, int, int]]:
-        """Return (first query, end of queries, first key) of every block; its last key is its last query."""
+        """Return (first query, end of queries, first key) of every block; its last key is its last query.
+
+        The range may begin before the first key that is seen.
+        """
         found, first = [], 0
         while first < self.num_tokens:
             document = self.first_of[first]
@@ -44,6 +48,7 @@ class Blocks:
                 size = max(size, SCORE_BYTES // (4 * num_heads * keys) // size * size)
             end = min(first + size, self.num_tokens)
             key = document if window is None else max(document, first - window + 1)
+            key = max(0, end - -(-(end - key) // KEY_STEP) * KEY_STEP)
             found.append((first, end, key))
             first = end
         return found
@@ -73,7 +78,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, window: int | None
     ) -> Tensor:
-        n, heads, d = q.shape
+        n, heads, _ = q.shape
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         dtype = torch.promote_types(torch.float32, q.dtype)
         normalizers = torch.empty(heads, n, dtype=dtype, device=q.device)  # (H, N): log of the sum, sink included
@@ -93,7 +98,7 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         q, k, v, sinks, out, normalizers = ctx.saved_tensors
         heads, kv, dtype = q.shape[1], k.shape[1], normalizers.dtype
         grad_q = torch.empty_like(q)

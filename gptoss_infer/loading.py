@@ -14,6 +14,8 @@ from gptoss_infer.checkpoint.reader import Checkpoint, resolve
 from gptoss_infer.errors import MachineError, UsageError
 from gptoss_infer.model import GptOss, RMSNorm
 
+EMBEDDING = "model.embed_tokens.weight"
+
 
 def pick_device(device: str) -> torch.device:
     """Return the device named, or for `auto` CUDA if there is one, else the CPU."""
@@ -32,6 +34,7 @@ def load(
     device: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     experts: Literal["mxfp4", "bf16"] = "mxfp4",
+    embedding: Literal["device", "host"] = "device",
 ) -> GptOss:
     """Return the model of a checkpoint, in eval mode and without gradients.
 
@@ -40,6 +43,7 @@ def load(
         dtype: of activations and all weights but the MXFP4 bytes; norms stay fp32 as in the reference.
         experts: `mxfp4` keeps the 4-bit bytes in memory and decodes the experts that are hit; `bf16` expands them to
             `dtype`.
+        embedding: `host` keeps the input embedding in main memory.
     Raises: DataError for a damaged checkpoint; UsageError for mxfp4 on a checkpoint whose experts are bf16.
     """
     if not isinstance(checkpoint, Checkpoint):
@@ -58,7 +62,8 @@ def load(
             continue
         tensor = checkpoint.tensor(name)
         wanted = tensor.dtype if tensor.dtype == torch.uint8 else torch.float32 if name in norms else dtype
-        _assign(model, name, tensor.to(target, wanted))
+        place = torch.device("cpu") if name == EMBEDDING and embedding == "host" else target
+        _assign(model, name, tensor.to(place, wanted))
     if experts == "bf16" and checkpoint.experts == "mxfp4":
         for layer in range(checkpoint.config.num_hidden_layers):
             for weight in EXPERT_WEIGHTS:

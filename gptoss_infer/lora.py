@@ -1,22 +1,25 @@
-"""LoRA on a loaded model, through PEFT: its own layer for attention, ours for the experts.
+"""LoRA on a loaded model: PEFT finds and wraps the weights, the products are ours.
 
 PEFT's layer for stacked experts builds B A for every expert in every forward, a full weight delta (1.6 GB a layer for
-20b). Ours applies (x A_e^T) B_e^T to the tokens routed to expert e. Imports peft, which takes seconds; import where it
-is used.
+20b). Ours applies (x A_e^T) B_e^T to the tokens routed to expert e (`gptoss_infer.experts`). Its layer for linear
+weights keeps an fp32 copy of x for each of q, k and v; ours keeps x once. Imports peft, which takes seconds; import
+where it is used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from gptoss_infer.adapter import ATTENTION, Adapter, Factors, Target, read_adapter
+from gptoss_infer.adapter import Adapter, Factors, Target, read_adapter
 from gptoss_infer.errors import UsageError
 from gptoss_infer.experts import ExpertLinear, Projection
 from gptoss_infer.model import GptOss
@@ -24,19 +27,18 @@ from gptoss_infer.model import GptOss
 NAME = "default"  # PEFT's name for a model's only adapter
 
 
-class LoraExpertLinear(nn.Module, LoraLayer):
-    """An ExpertLinear plus a low-rank term per expert: A (E, r, in), B (E, out, r), kept in fp32."""
+class _Lora(nn.Module, LoraLayer):
+    """A frozen layer and its factors, fp32: A (..., r, in), B (..., out, r), B = 0 at first."""
 
     # Narrower than in PEFT, whose layers are pairs of linear modules of any size.
     lora_A: nn.ParameterDict  # type: ignore[assignment]
     lora_B: nn.ParameterDict  # type: ignore[assignment]
-    base_layer: ExpertLinear
     in_features: int
     out_features: int
 
     def __init__(
         self,
-        base_layer: ExpertLinear,
+        base_layer: nn.Linear | ExpertLinear,
         adapter_name: str,
         *,
         config: LoraConfig,
@@ -48,24 +50,93 @@ class LoraExpertLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self._active_adapter = adapter_name
-        experts, device = base_layer.num_experts, base_layer.bias.device
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.dropout_rate = config.lora_dropout
-        a = torch.empty(experts, r, self.in_features, device=device)
+        self.dropout, self.enabled = config.lora_dropout, True
+        assert base_layer.bias is not None, "every adaptable weight of gpt-oss has a bias"
+        lead, device = base_layer.bias.shape[:-1], base_layer.bias.device
+        a = torch.empty(*lead, r, self.in_features, device=device)
         nn.init.uniform_(a, -(self.in_features**-0.5), self.in_features**-0.5)  # nn.Linear's default, as PEFT has it
         self.lora_A[adapter_name] = nn.Parameter(a)
-        self.lora_B[adapter_name] = nn.Parameter(torch.zeros(experts, self.out_features, r, device=device))
+        self.lora_B[adapter_name] = nn.Parameter(torch.zeros(*lead, self.out_features, r, device=device))
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, ExpertLinear), f"registered for ExpertLinear, got {type(module).__name__}"
+        assert isinstance(module, (nn.Linear, ExpertLinear)), f"not registered for {type(module).__name__}"
         return module.in_features, module.out_features
+
+    @property
+    def factors(self) -> Factors:
+        """A and B."""
+        return Factors(self.lora_A[NAME], self.lora_B[NAME])
+
+    @property
+    def dropout_now(self) -> float:
+        """The share of inputs that this pass drops."""
+        return self.dropout if self.training else 0.0
+
+
+class LoraExpertLinear(_Lora):
+    """An ExpertLinear with factors A (E, r, in), B (E, out, r)."""
+
+    base_layer: ExpertLinear
 
     def projection(self) -> Projection:
         """As ExpertLinear.projection, with the factors."""
-        factors = self.lora_A[NAME], self.lora_B[NAME]
-        dropout = self.dropout_rate if self.training else 0.0
-        return Projection(*self.base_layer.projection()[:3], *factors, self.scaling[NAME], dropout)
+        base = self.base_layer.projection()
+        if not self.enabled:
+            return base
+        return base._replace(a=self.factors.a, b=self.factors.b, scaling=self.scaling[NAME], dropout=self.dropout_now)
+
+
+class LoraLinear(_Lora):
+    """A linear layer with factors A (r, in), B (out, r)."""
+
+    base_layer: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        base = self.base_layer
+        if not self.enabled:
+            return base(x)
+        dropout = self.dropout_now
+        mask = F.dropout(torch.ones_like(x), dropout) if dropout else None
+        return _LoraLinear.apply(x, base.weight, base.bias, *self.factors, self.scaling[NAME], mask)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W^T + bias + scaling (x A^T) B^T with W and bias frozen; keeps x and the r-dimensional product."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        low = _dropped(rows, mask) @ a.to(x.dtype).T  # (N, r)
+        y = torch.addmm(bias, rows, weight.T).addmm_(low, b.to(x.dtype).T, alpha=scaling)  # (N, out)
+        ctx.save_for_backward(x, weight, a, b, low, mask)
+        ctx.scaling = scaling
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, weight, a, b, low, mask = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        back = grad @ b.to(x.dtype)  # (N, r)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            if mask is None:
+                grad_x.addmm_(back, a.to(x.dtype), alpha=ctx.scaling)
+            else:
+                grad_x.add_((back @ a.to(x.dtype)).mul_(mask.view_as(rows)), alpha=ctx.scaling)
+            grad_x = grad_x.view_as(x)
+        grad_a = (back.T @ _dropped(rows, mask)).to(a.dtype).mul_(ctx.scaling)
+        grad_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows * mask.view_as(rows)
 
 
 def attach(
@@ -80,7 +151,7 @@ def attach(
     modules = {target.module for target in targets}
     present = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, ExpertLinear))}
     if not targets or modules - present:
-        adaptable = sorted({name.rpartition(".")[2] for name in present if "self_attn" in name or "experts" in name})
+        adaptable = sorted({name.rpartition(".")[2] for name in present if ".layers." in name})
         raise UsageError(
             f"LoRA targets {sorted(modules - present) or 'are empty'}: nothing would be trained there. The model has "
             f"{model.config.num_hidden_layers} layers (0..{model.config.num_hidden_layers - 1}), each with "
@@ -93,7 +164,7 @@ def attach(
         use_rslora=rslora,
         target_modules=sorted(modules),
     )
-    config._register_custom_module({ExpertLinear: LoraExpertLinear})
+    config._register_custom_module({ExpertLinear: LoraExpertLinear, nn.Linear: LoraLinear})
     inject_adapter_in_model(config, model, adapter_name=NAME)
     factors = []
     for name, parameter in model.named_parameters():
@@ -101,7 +172,7 @@ def attach(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT casts to the base's dtype; bf16 factors lose small updates
             factors.append(parameter)
-    attached = {target for target in targets if isinstance(model.get_submodule(target.module), LoraLayer)}
+    attached = {target for target in targets if isinstance(model.get_submodule(target.module), _Lora)}
     assert attached == set(targets), f"PEFT left out {set(targets) - attached}"
     assert len(factors) == 2 * len(targets), f"PEFT attached {len(factors)} factors to {len(targets)} targets"
     return factors
@@ -112,13 +183,22 @@ def factors_of(model: GptOss, targets: Iterable[Target]) -> dict[Target, Factors
     found = {}
     for target in targets:
         layer = model.get_submodule(target.module)
-        assert isinstance(layer, LoraLayer), f"{target.module} has no factors: attach them first"
-        pair = layer.lora_A[NAME], layer.lora_B[NAME]
-        a, b = (half.weight if isinstance(half, nn.Linear) else half for half in pair)
-        assert isinstance(a, Tensor), f"{target.module} holds {type(a).__name__}, expected a parameter"
-        assert isinstance(b, Tensor), f"{target.module} holds {type(b).__name__}, expected a parameter"
-        found[target] = Factors(a, b)
+        assert isinstance(layer, _Lora), f"{target.module} has no factors: attach them first"
+        found[target] = layer.factors
     return found
+
+
+@contextmanager
+def disabled(model: GptOss) -> Iterator[None]:
+    """Run the model as it is without its adapter."""
+    layers = [module for module in model.modules() if isinstance(module, _Lora)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def load_adapter(model: GptOss, adapter: str | Path | Adapter) -> None:
@@ -137,12 +217,7 @@ def load_adapter(model: GptOss, adapter: str | Path | Adapter) -> None:
     model.eval().requires_grad_(False)
 
 
-def all_targets(
-    num_layers: int, attention: Iterable[str], experts: Iterable[str], layers: Iterable[int] | None = None
-) -> list[Target]:
+def all_targets(num_layers: int, weights: Iterable[str], layers: Iterable[int] | None = None) -> list[Target]:
     """Return the targets for the given weights of the given layers (all if None)."""
     chosen = range(num_layers) if layers is None else layers
-    return [Target(layer, weight) for layer in chosen for weight in (*attention, *experts)]
-
-
-__all__ = ["ATTENTION", "LoraExpertLinear", "all_targets", "attach", "factors_of", "load_adapter"]
+    return [Target(layer, weight) for layer in chosen for weight in weights]

@@ -9,12 +9,14 @@ Source: openai/gpt-oss model card (arXiv 2508.10925) and reference code; equal t
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from gptoss_infer.attention import Blocks, cached_attention, packed_attention
@@ -29,6 +31,18 @@ class LayerCache(Protocol):
 
     def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) at `positions` (B, T); return (B, K, S, D) where slot s holds position s."""
+        ...
+
+
+class Watch(Protocol):
+    """What a forward pass can show to an observer."""
+
+    def routed(self, layer: int, chosen: Tensor, counts: list[int]) -> None:
+        """Experts chosen, int64 (N, k), and tokens per expert, (E,)."""
+        ...
+
+    def activated(self, layer: int, gate: Tensor, up: Tensor) -> None:
+        """Pre-activations of some rows, (m, I) each; called until all rows were shown."""
         ...
 
 
@@ -56,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * inverse * weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
         x, weight, inverse = ctx.saved_tensors
         unit = x.to(inverse.dtype) * inverse  # x / rms(x)
         wide = grad.to(inverse.dtype)
@@ -113,8 +127,8 @@ class Attention(nn.Module):
         )  # (B, T, H or K, D)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         if context.cache is None:
-            flat = (y.flatten(0, 1) for y in (q, k, v))  # (N, H or K, D)
-            out = packed_attention(*flat, self.sinks, context.blocks, self.window)
+            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, D)
+            out = packed_attention(q, k, v, self.sinks, context.blocks, self.window)
         else:
             keys, values = context.cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2), context.positions)
             mask = context.seen if self.window is None else context.seen_in_window
@@ -140,9 +154,12 @@ class MoE(nn.Module):
         logits, chosen = self.router(flat).topk(self.top_k, dim=-1)  # (N, k), sorted
         weights = logits.softmax(-1, dtype=torch.promote_types(torch.float32, logits.dtype)).to(x.dtype)
         routing = Routing.of(chosen, self.num_experts)
-        if context.observe is not None:
-            context.observe(self.layer, chosen, routing.counts)
-        return self.experts(flat, weights, routing, recompute=context.recompute == "experts").view_as(x)
+        watch = context.watch
+        if watch is not None:
+            watch.routed(self.layer, chosen, routing.counts)
+        activated = None if watch is None else functools.partial(watch.activated, self.layer)
+        recompute = context.recompute == "experts"
+        return self.experts(flat, weights, routing, recompute=recompute, activated=activated).view_as(x)
 
 
 class Layer(nn.Module):
@@ -169,7 +186,7 @@ class Context:
     ) -> None:
         self.positions, self.cache = positions, cache
         self.recompute: Recompute = "none"
-        self.observe: Callable[[int, Tensor, list[int]], None] | None = None
+        self.watch: Watch | None = None
         frequencies, scale = rope_frequencies(config.head_dim, config.rope)
         angles = positions[:, :, None, None].float() * frequencies.to(positions.device)  # (B, T, 1, D/2)
         self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
@@ -220,8 +237,8 @@ class GptOss(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding, and with it the input, lives."""
-        return self.model.embed_tokens.weight.device
+        """Where the model computes; its input belongs there. (The embedding may be on the host.)"""
+        return self.lm_head.weight.device
 
     def hidden(
         self,
@@ -231,7 +248,8 @@ class GptOss(nn.Module):
         num_keys: int = 0,
         *,
         recompute: Recompute = "none",
-        observe: Callable[[int, Tensor, list[int]], None] | None = None,
+        offload: bool = False,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Return final hidden states (B, T, C), normalised, ready for `lm_head`.
 
@@ -242,16 +260,20 @@ class GptOss(nn.Module):
             cache: filled at `positions`; its first `num_keys` slots are attended to.
             recompute: what the backward pass computes again instead of keeping: the experts' pre-activations, or whole
                 layers (all but their inputs).
-            observe: called with each layer's number, the experts chosen int64 (N, k) and the tokens per expert.
+            offload: what `recompute="layers"` keeps waits in main memory.
+            watch: is shown the routing and the pre-activations of every layer.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        x = self.model.embed_tokens(input_ids)  # (B, T, C)
+        embedding = self.model.embed_tokens
+        x = embedding(input_ids.to(embedding.weight.device)).to(self.device)  # (B, T, C)
         context = Context(self.config, positions, x.dtype, cache, num_keys)
-        context.recompute, context.observe = recompute, observe
-        for layer in self.model.layers:
-            x = checkpoint(layer, x, context, use_reentrant=False) if recompute == "layers" else layer(x, context)
-        context.observe = None  # not again in the backward pass
+        context.recompute, context.watch = recompute, watch
+        keep = save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext()
+        with keep:
+            for layer in self.model.layers:
+                x = checkpoint(layer, x, context, use_reentrant=False) if recompute == "layers" else layer(x, context)
+        context.watch = None  # not again in the backward pass
         return self.model.norm(x)
 
     def forward(

@@ -23,7 +23,7 @@ from gptoss_infer.errors import UsageError, run_command
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parse(argv)
-    handlers = {"run": _run, "data": _data, "export": _export, "recipes": _recipes}
+    handlers = {"run": _run, "data": _data, "export": _export, "bench": _bench, "recipes": _recipes}
     return handlers[arguments.command](arguments)
 
 
@@ -72,10 +72,52 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--allow-unchanged", action="store_true", help="write a copy of the base if nothing changed")
     export.add_argument("--overwrite", action="store_true", help="replace OUT")
     export.add_argument("--json", action="store_true", help="print what survived as JSON only")
+    _add_bench_options(add("bench", "time training steps on synthetic data", "gptoss-train bench out/model --seq 2048"))
     recipes = add("recipes", "list the shipped recipes, or print one", "gptoss-train recipes quickstart")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="recipe to print")
     recipes.add_argument("--keys", action="store_true", help="print every key with type, default and meaning")
     return parser
+
+
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("checkpoint", metavar="CKPT", help="directory, hub id[@revision]")
+    bench.add_argument("--seq", type=int, default=512, help="tokens per sample (default: 512)")
+    bench.add_argument("--batch", type=int, default=4, help="samples per optimizer step (default: 4)")
+    bench.add_argument("--pack", type=int, help="samples per forward pass (default: all of the batch)")
+    bench.add_argument("--rank", type=int, default=8, help="LoRA rank, on attention and all experts (default: 8)")
+    bench.add_argument("--loss-fraction", type=float, default=0.25, help="share of a sample that carries loss")
+    bench.add_argument("--steps", type=int, default=5, help="steps timed, after one to warm up (default: 5)")
+    bench.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    bench.add_argument("--experts", choices=("mxfp4", "bf16"), default="mxfp4", help="how experts are held")
+    bench.add_argument("--recompute", choices=("none", "experts", "layers"), default="none", help="default: none")
+    bench.add_argument("--offload", action="store_true", help="keep recomputed layers' inputs in main memory")
+    bench.add_argument("--embedding", choices=("device", "host"), default="device", help="default: device")
+    bench.add_argument(
+        "--json", action="store_true", help="print the result as JSON only (the default is the same line)"
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from gptoss_train.bench import Shape, bench
+
+    pack = arguments.batch if arguments.pack is None else arguments.pack
+    if pack < 1 or arguments.batch % pack or not 0 < arguments.loss_fraction <= 1 or arguments.steps < 1:
+        raise UsageError(
+            f"--batch {arguments.batch} must be a multiple of --pack {pack}, --loss-fraction "
+            f"{arguments.loss_fraction} in (0, 1] and --steps {arguments.steps} at least 1"
+        )
+    settings: dict[str, dict[str, object]] = {
+        "model": {
+            "dtype": arguments.dtype, "device": arguments.device, "experts": arguments.experts,
+            "embedding": arguments.embedding,
+        },
+        "lora": {"rank": arguments.rank, "alpha": 2.0 * arguments.rank},
+        "train": {"recompute": arguments.recompute, "offload": arguments.offload},
+    }  # fmt: skip
+    shape = Shape(arguments.seq, arguments.batch, pack, arguments.loss_fraction)
+    print(json.dumps(bench(arguments.checkpoint, shape, arguments.steps, settings)))
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -97,7 +139,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
     builtin.prepare(recipe)
     validation = builtin.path(recipe.data.validation) if recipe.data.validation else None
-    train, held_out = load_splits(recipe.data, builtin.path(recipe.data.train), validation, recipe.train.seed)
+    train, held_out = load_splits(recipe, builtin.path(recipe.data.train), validation)
     for sample in train.samples[: arguments.n]:
         print(show(sample, color=sys.stdout.isatty()))
         print()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,25 +36,48 @@ class Position:
     fingerprint: str  # of data, base and every recipe key that changes the result
 
 
-def save(root: Path, position: Position, names: Sequence[str], optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write `root/step-NNNNNN` and remove all but the newest `keep`."""
-    target = root / f"step-{position.step:06d}"
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in zip(names, _parameters(optimizer), strict=True):
-        tensors[name] = parameter.detach().cpu().contiguous()
+class Writer:
+    """Writes `root/step-NNNNNN` and removes all but the newest `keep`; in the background, one at a time, if asked."""
+
+    def __init__(self, root: Path, keep: int, *, background: bool) -> None:
+        self.root, self.keep = root, keep
+        self._pool = ThreadPoolExecutor(max_workers=1) if background else None
+        self._pending: Future[None] | None = None
+
+    def save(self, position: Position, optimizer: torch.optim.Optimizer) -> None:
+        """Write what the optimizer holds now; in the background, from a copy of it."""
+        self.wait()
+        tensors = _snapshot(optimizer, copy=self._pool is not None)
+        if self._pool is None:
+            self._write(position, tensors)
+        else:
+            self._pending = self._pool.submit(self._write, position, tensors)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on the disk; raises what writing it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, position: Position, tensors: dict[str, Tensor]) -> None:
+        with atomic_directory(self.root / f"step-{position.step:06d}", overwrite=True) as directory:
+            save_tensors(directory / TENSORS, tensors)
+            (directory / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
+        for old in sorted(self.root.glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def _snapshot(optimizer: torch.optim.Optimizer, *, copy: bool) -> dict[str, Tensor]:
+    """Return the factors and their moments by name, on the CPU."""
+    tensors = {}
+    for name, parameter in _parameters(optimizer):
+        tensors[name] = parameter.detach()
         for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    with atomic_directory(target, overwrite=True) as directory:
-        save_tensors(directory / TENSORS, tensors)
-        (directory / STATE).write_text(json.dumps(asdict(position), indent=2) + "\n")
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return target
+            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    return {name: tensor.to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()}
 
 
-def load_latest(
-    root: Path, names: Sequence[str], optimizer: torch.optim.Optimizer, fingerprint: str
-) -> Position | None:
+def load_latest(root: Path, optimizer: torch.optim.Optimizer, fingerprint: str) -> Position | None:
     """Restore the newest intact checkpoint into the factors and the optimizer; None if there is none.
 
     A damaged checkpoint is named on stderr and the one before it is taken.
@@ -71,19 +95,20 @@ def load_latest(
                 f"{directory} was written with other data, another base or other settings than this recipe has; "
                 "choose another run.dir, or run.overwrite=true to start over"
             )
-        _restore(load_file(directory / TENSORS), names, optimizer, position.step)
+        _restore(load_file(directory / TENSORS), optimizer, position.step)
         return position
     return None
 
 
-def _restore(tensors: Mapping[str, Tensor], names: Sequence[str], optimizer: torch.optim.Optimizer, step: int) -> None:
-    for name, parameter in zip(names, _parameters(optimizer), strict=True):
+def _restore(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
+    for name, parameter in _parameters(optimizer):
         parameter.data.copy_(tensors[name])
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=parameter.device),
             **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS},
         }
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)

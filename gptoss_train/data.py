@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptoss_infer import harmony
 from gptoss_infer.errors import DataError
-from gptoss_train.recipe import Data
+from gptoss_train.recipe import Data, Recipe
 
 # What a labelled token belongs to; its code in `Sample.channels` is the index + 1.
 CHANNELS = ("analysis", "commentary", "final", "tool_call")
@@ -40,9 +40,9 @@ class Sample:
         return len(self.token_ids)
 
     @property
-    def num_labels(self) -> int:
-        """Tokens that carry loss."""
-        return int((self.channels > 0).sum())
+    def num_inputs(self) -> int:
+        """Tokens that the model reads: all but the last, which is only predicted."""
+        return len(self.token_ids) - 1
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _render(line: bytes, data: Data) -> list[Sample]:
 
 
 def _fits(sample: Sample, where: str, data: Data, report: Report) -> bool:
-    if sample.num_tokens <= data.max_tokens:
+    if data.max_tokens is None or sample.num_tokens <= data.max_tokens:
         return True
     problem = f"{where}: a sample has {sample.num_tokens:,} tokens, data.max_tokens is {data.max_tokens:,}"
     if data.on_long == "error":
@@ -175,9 +175,10 @@ def _count(sample: Sample, report: Report) -> None:
 
 
 def load_splits(
-    data: Data, train_path: str | Path, validation_path: str | Path | None, seed: int
+    recipe: Recipe, train_path: str | Path, validation_path: str | Path | None
 ) -> tuple[Dataset, Dataset | None]:
     """Return training and validation data; `validation_fraction` holds out whole lines: no conversation is in both."""
+    data = recipe.data.model_copy(update={"max_tokens": recipe.max_tokens})
     if validation_path is not None:
         return load_dataset(train_path, data), load_dataset(validation_path, data)
     if data.validation_fraction == 0:
@@ -189,24 +190,27 @@ def load_splits(
             f"data.validation_fraction {data.validation_fraction} of {count} lines holds out {held_out}; "
             "give a data.validation file or another fraction"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
     held = set(order[:held_out])
     rest = load_dataset(train_path, data, keep_lines=set(range(count)) - held)
     return rest, load_dataset(train_path, data, keep_lines=held)
 
 
-def batch_indices(num_samples: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Return the samples of optimizer step `step` (from 0): a pure function, the same for any number of processes.
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples one after another, each a document of its own: positions start at 0 where one begins."""
 
-    Every epoch is its own permutation; its last batch takes what is left, which may be less than `batch_size`.
-    """
-    steps = steps_per_epoch(num_samples, batch_size)
-    epoch, position = divmod(step, steps)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(num_samples, generator=generator)
-    return order[position * batch_size : (position + 1) * batch_size].tolist()
+    input_ids: Tensor  # int64 (N,)
+    positions: Tensor  # int64 (N,)
+    targets: Tensor  # int64 (N,): the next token of the same sample
+    channels: Tensor  # uint8 (N,): what the target is labelled as; 0 carries no loss
 
 
-def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    """Return the number of batches of an epoch, the last one possibly smaller."""
-    return -(-num_samples // batch_size)
+def pack(samples: Sequence[Sample]) -> PackedBatch:
+    """Join samples; the last token of each is a target only."""
+    return PackedBatch(
+        torch.cat([sample.token_ids[:-1] for sample in samples]).long(),
+        torch.cat([torch.arange(sample.num_inputs) for sample in samples]),
+        torch.cat([sample.token_ids[1:] for sample in samples]).long(),
+        torch.cat([sample.channels[1:] for sample in samples]),
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gptoss_infer import mxfp4
-from gptoss_infer.adapter import EXPERTS, Adapter, Target, read_adapter, write_adapter
+from gptoss_infer.adapter import EXPERTS, ROUTER, Adapter, Target, read_adapter, write_adapter
 from gptoss_infer.checkpoint import Checkpoint, atomic_directory, rewrite_checkpoint
 from gptoss_infer.checkpoint.convert import write_bf16
 from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES
@@ -229,7 +229,8 @@ def summary(survival: list[Survival]) -> list[dict[str, float | str]]:
     """Return one row per kind of weight: attention and each expert projection, summed over layers."""
     rows: dict[str, Survival] = {}
     for item in survival:
-        kind = next((f"experts.{name}" for name in EXPERTS if item.name.endswith(name)), "attention")
+        name = item.name.rpartition(".")[2]
+        kind = f"experts.{name}" if name in EXPERTS else ROUTER if name == ROUTER else "attention"
         total = rows.setdefault(kind, Survival(kind))
         for key, value in asdict(item).items():
             if key != "name":

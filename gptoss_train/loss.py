@@ -1,19 +1,39 @@
-"""Cross-entropy at labelled positions only, in chunks, against a frozen unembedding: no full logits tensor ever exists.
+"""Cross-entropy at labelled positions only, in tiles, against a frozen unembedding: no full logits tensor ever exists.
 
-201,088 logits a position are what fills a GPU in most trainers. Here hidden states of labelled tokens meet the
-unembedding a chunk at a time, and since the unembedding is frozen, the gradient to the hidden states is taken in the
-same pass. Used by the trainer and by the maker of the built-in model.
+201,088 logits a position are what fills a GPU in most trainers. Here labelled hidden states meet the unembedding a
+tile at a time: some rows by some of the vocabulary, small enough for a CPU's cache. Sums over the vocabulary go from
+tile to tile relative to a running maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018;
+Dao et al., "FlashAttention", 2022), and since the unembedding is frozen, the gradient to the hidden states is taken
+in the same pass. Used by the trainer and by the maker of the built-in model.
+
+With l the logits, t the target and q the softmax over all tokens but t,
+
+    d = logsumexp(l_j, j != t) - l_t;  loss = softplus(d);  d loss / d hidden = sigmoid(d) (sum_j q_j W_j - W_t)
+
+where sigmoid(d) is 1 - p_t, found without subtracting p_t from 1. So neither loss nor gradient loses digits where the
+model is sure of the target: as p_t tends to 1, the usual sum_j p_j W_j - W_t becomes a difference of equal numbers.
+The maximum starts at l_t and is taken off within the matrix product, before its result is rounded, so that in bf16
+it is a logit's distance from the likeliest ones that is rounded, and not the logit itself.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 
-CHUNK_BYTES = 2**28  # fp32 logits held at a time
+# Logits held at a time, in fp32 (fp64 for fp64 input); a copy in `hidden`'s dtype, if it is another, comes on top, and
+# some (TILE_ROWS, C) sums. A CPU's tile should stay in its cache; a GPU's should give every unit enough to do.
+CPU_TILE_BYTES = 2**23
+GPU_TILE_BYTES = 2**28
+TILE_ROWS = 1024  # with fewer, reading the unembedding costs more than multiplying by it
+TILE_COLUMNS = 64  # a tile's width is a multiple of this, and never less: odd widths slow the products down
 DENSE_SHARE = 0.5  # with more distinct rows than this share, merging equal ones would not pay
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -26,7 +46,7 @@ class Unembedding:
     """
 
     rows: Tensor  # (U, C)
-    log_counts: Tensor | None  # (U,) fp32; None if every row counts once
+    log_counts: Tensor | None  # (U,) fp32, fp64 for fp64 rows; None if every row counts once
     row_of_token: Tensor | None  # int64 (V,); None for the identity
 
     @classmethod
@@ -35,21 +55,28 @@ class Unembedding:
         distinct, row_of_token, counts = _distinct_rows(weight)
         if len(distinct) > DENSE_SHARE * len(weight):
             return cls(weight, None, None)
-        return cls(distinct, counts.float().log(), row_of_token)
+        return cls(distinct, counts.to(_sum_dtype(weight)).log(), row_of_token)
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return -log p(target), fp32 (n,), differentiable in `hidden`.
+        """Return -log p(target), (n,) in fp32 (fp64 for fp64 input), differentiable once in `hidden`; n may be 0.
 
         Args:
-            hidden: (n, C) final hidden states, normalised. targets: int64 (n,) token ids.
+            hidden: (n, C) final hidden states, normalised, in the dtype of `rows`.
+            targets: int64 (n,) token ids in [0, V): there is no id that means "ignore".
         """
-        rows = targets if self.row_of_token is None else self.row_of_token[targets]
-        return _FrozenCrossEntropy.apply(hidden, self.rows, self.log_counts, rows)
+        rows = targets if self.row_of_token is None else self.row_of_token.index_select(0, targets)
+        # Under no_grad, too, a Function is told that hidden requires a gradient.
+        return _FrozenCrossEntropy.apply(hidden if torch.is_grad_enabled() else hidden.detach(), self, rows)
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of sums and losses: fp32, or fp64 for fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return distinct rows (U, C), the distinct row of every token (V,), and how often each occurs (U,)."""
-    words = weight.contiguous().view(torch.int16 if weight.dtype.itemsize == 2 else torch.int32)  # (V, C)
+    words = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize])  # (V, C)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (weight.shape[1],), generator=generator).to(weight.device)
     hashes = torch.cat([(part.long() * factors).sum(-1) for part in words.split(8192)])  # (V,), wrapping around
@@ -71,34 +98,80 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        rows: Tensor,
-        log_counts: Tensor | None,
-        targets: Tensor,
+        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, unembedding: Unembedding, targets: Tensor
     ) -> Tensor:
-        """(n, C), (U, C), (U,), (n,) -> (n,) fp32."""
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        chunk = max(1, CHUNK_BYTES // (4 * len(rows)))
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = (hidden[part] @ rows.T).float()  # (n', U)
-            gold = logits.gather(1, targets[part, None])
-            if log_counts is not None:
-                logits += log_counts
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (normalizer - gold).squeeze(1)
-            if slope is not None:
-                probabilities = logits.sub_(normalizer).exp_()  # of all tokens that share a row together
-                probabilities.scatter_add_(1, targets[part, None], torch.full_like(gold, -1.0))
-                slope[part] = probabilities.to(rows.dtype) @ rows
+        """(n, C), targets as rows of `unembedding` int64 (n,) -> (n,)."""
+        dtype = _sum_dtype(hidden)
+        losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        # Rounded to hidden's dtype only once it is scaled, in backward.
+        slope = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        for start in range(0, len(hidden), TILE_ROWS):
+            part = slice(start, start + TILE_ROWS)
+            target_rows = unembedding.rows.index_select(0, targets[part]).to(dtype)  # (n', C)
+            gold = (hidden[part] * target_rows).sum(-1, keepdim=True)  # (n', 1)
+            normalizer, mean = _over_others(hidden[part], unembedding, targets[part], gold, with_mean=slope is not None)
+            odds = normalizer - gold  # (n', 1), log of (1 - p) / p
+            losses[part] = softplus(odds, threshold=40).squeeze(1)  # log(1 + e^40) is 40 in fp64 too
+            if slope is not None and mean is not None:
+                slope[part] = mean.sub_(target_rows).mul_(odds.sigmoid())
         if slope is not None:
             ctx.save_for_backward(slope)
+            ctx.dtype = hidden.dtype  # type: ignore[attr-defined]
         return losses
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Scale the saved slope by each row's upstream gradient."""
         (slope,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return slope * grads[0].unsqueeze(1).to(slope.dtype), None, None, None
+        return (slope * grads[0].unsqueeze(1)).to(ctx.dtype), None, None  # type: ignore[attr-defined]
+
+
+def _over_others(
+    hidden: Tensor, unembedding: Unembedding, targets: Tensor, gold: Tensor, *, with_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Over all tokens but the target, return the logits' logsumexp (n, 1) and the mean row by softmax (n, C).
+
+    Args:
+        hidden: (n, C), n > 0.
+        unembedding: Its U rows make the vocabulary.
+        targets: int64 (n,), rows of `unembedding`.
+        gold: (n, 1) the targets' logits, in the dtype of sums.
+        with_mean: Whether the mean row is wanted; if not, it is None.
+    """
+    n, dtype, rows, log_counts = len(hidden), gold.dtype, unembedding.rows, unembedding.log_counts
+    tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else GPU_TILE_BYTES
+    width = min(len(rows), max(1, tile_bytes // (dtype.itemsize * n * TILE_COLUMNS)) * TILE_COLUMNS)
+    # What is added to the target's logit: log((c - 1) / c) if c tokens share its row, so minus infinity if c is 1.
+    without_target = torch.full_like(gold, -math.inf)
+    if log_counts is not None:
+        without_target = log_counts.index_select(0, targets).neg_().exp_().neg_().log1p_().unsqueeze(1) * LOG2_E
+    tile = torch.empty(n * width, dtype=dtype, device=hidden.device)
+    rounded = tile if hidden.dtype == dtype else torch.empty_like(tile, dtype=hidden.dtype)
+    # In bits, as exp2 is several times as fast as exp. The maximum is kept as a number that hidden's dtype can hold. It
+    # starts no lower than 0, so that nothing that matters is further from it than from 0.
+    top = (gold * LOG2_E).clamp_min_(0).to(hidden.dtype)  # (n, 1)
+    total = torch.zeros_like(gold)  # of 2^(logit in bits - top)
+    weighted = torch.zeros_like(hidden, dtype=dtype) if with_mean else None  # (n, C), rows times the same
+    for start in range(0, len(rows), width):
+        block = rows[start : start + width]  # (v, C)
+        products, logits = (buffer[: n * len(block)].view(n, len(block)) for buffer in (rounded, tile))
+        torch.addmm(-top, hidden, block.T, alpha=LOG2_E, out=products)
+        if products.dtype != dtype:
+            logits.copy_(products)
+        if log_counts is not None:
+            logits.add_(log_counts[start : start + width], alpha=LOG2_E)
+        column = targets.unsqueeze(1) - start  # (n, 1)
+        here = (column >= 0) & (column < len(block))
+        logits.scatter_add_(1, column.clamp_(0, len(block) - 1), without_target.where(here, 0.0))
+        new_top = (logits.amax(-1, keepdim=True).clamp_min_(0) + top).to(hidden.dtype)
+        rise = new_top.to(dtype) - top  # (n, 1)
+        logits.sub_(rise).exp2_()
+        shrink = rise.neg_().exp2_()
+        top, total = new_top, total.mul_(shrink).add_(logits.sum(-1, keepdim=True))
+        if weighted is not None:
+            if products.dtype != dtype:
+                products.copy_(logits)
+            weighted.mul_(shrink).add_(products @ block)
+    mean = None if weighted is None else weighted.div_(total.clamp_min(torch.finfo(dtype).tiny))  # 0 if V is 1
+    return (total.log2() + top) / LOG2_E, mean

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -11,11 +11,20 @@ from torch import nn
 from gptoss_train.recipe import Optim
 
 
-def make_optimizer(factors: Sequence[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """Return AdamW with the recipe's constants; its learning rate is set before every step."""
-    return torch.optim.AdamW(
-        factors, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, foreach=False
-    )
+def make_optimizer(factors: Mapping[str, nn.Parameter], optim: Optim) -> torch.optim.AdamW:
+    """Return AdamW with the recipe's constants over named factors; `set_learning_rate` before every step."""
+    sides = [(".lora_A.", 1.0), (".lora_B.", optim.lora_plus_ratio)]
+    groups = [
+        {"params": [(name, p) for name, p in factors.items() if side in name], "ratio": ratio} for side, ratio in sides
+    ]
+    constants = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    return torch.optim.AdamW(groups, lr=optim.lr, fused=True, **constants)  # type: ignore[arg-type]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of A, and of B in its ratio (LoRA+)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]
 
 
 def learning_rate(step: int, total_steps: int, optim: Optim) -> float:

@@ -7,16 +7,26 @@ record of the run (`gptoss_train.metrics`). Used by the training loop, on rank 0
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+import torch
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 PLAIN_INTERVAL_S = 10.0
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that was in use so far: allocated on a GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 class Progress:

@@ -53,6 +53,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LayerIndex = Annotated[int, Field(ge=0)]
 Effort = Literal["low", "medium", "high"]
+Channel = Literal["analysis", "commentary", "final", "tool_call"]
 Unique = AfterValidator(_distinct)
 
 
@@ -73,6 +74,9 @@ class Model(_Section):
         default="mxfp4", description="how the frozen expert weights are held in memory"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU where there is one")
+    embedding: Literal["device", "host"] = Field(
+        default="device", description="host keeps the input embedding in main memory: 1.2 GB less on a GPU for gpt-oss"
+    )
 
 
 class Lora(_Section):
@@ -86,6 +90,7 @@ class Lora(_Section):
     attention: Annotated[tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj"], ...], Unique] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj"), description="attention projections to adapt; may be empty"
     )
+    router: bool = Field(default=False, description="adapt the router too; watch val/router_drift")
     experts: Annotated[tuple[Literal["gate_up_proj", "down_proj"], ...], Unique] = Field(
         default=("gate_up_proj", "down_proj"), description="expert projections to adapt; may be empty"
     )
@@ -94,10 +99,15 @@ class Lora(_Section):
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank), which keeps large ranks stable")
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The adapted weights of a layer."""
+        return (*self.attention, *self.experts, *(("router",) if self.router else ()))
+
     @field_validator("experts")
     @classmethod
     def _trains_something(cls, experts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        if experts == info.data.get("attention") == ():
+        if experts == info.data.get("attention") == () and not info.data.get("router"):
             raise ValueError(
                 "attention and experts are both empty: nothing would train. Name q_proj, k_proj, v_proj or o_proj in "
                 "attention, or gate_up_proj or down_proj in experts"
@@ -120,7 +130,11 @@ class Data(_Section):
     validation_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of data.train held out when data.validation is null"
     )
-    max_tokens: int = Field(default=4096, ge=1, description="longest sample; longer ones are counted and reported")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="longest sample; longer ones are counted and reported. null: what train.pack_tokens holds",
+    )
     on_long: Literal["skip", "error"] = Field(default="skip", description="what happens to a sample over max_tokens")
     on_bad_line: Literal["error", "skip"] = Field(
         default="error",
@@ -148,12 +162,18 @@ class Loss(_Section):
     """The objective."""
 
     objective: Literal["sft"] = Field(default="sft", description="cross-entropy on the labelled tokens")
+    channel_weights: dict[Channel, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="factor on the loss of a channel's tokens; 1 where none is given"
+    )
 
 
 class Optim(_Section):
     """AdamW and its schedule."""
 
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    lora_plus_ratio: float = Field(
+        default=1.0, gt=0, description="learning rate of the factors B over that of A (LoRA+, arXiv 2402.12354)"
+    )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's decay rates")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
@@ -174,10 +194,43 @@ class Train(_Section):
 
     epochs: int | None = Field(default=None, ge=1, description="passes over the data; needs max_steps null")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; needs epochs null")
-    batch_size: int = Field(default=8, ge=1, description="samples per optimizer step, over all processes")
-    micro_batch_size: int = Field(default=1, ge=1, description="samples per forward pass of one process")
+    pack_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="tokens per forward pass: samples are packed into this budget, none sees another",
+    )
+    batch_tokens: int = Field(
+        default=32768, ge=1, description="tokens per optimizer step, over all processes; a multiple of pack_tokens"
+    )
+    recompute: Literal["none", "experts", "layers"] = Field(
+        default="none",
+        description="what the backward pass computes again to save memory: the experts' first product, or whole layers",
+    )
+    offload: bool = Field(
+        default=False, description="with recompute layers: their inputs wait in main memory, not on the GPU"
+    )
+    deterministic: bool = Field(
+        default=False, description="only algorithms that repeat bit for bit, on a GPU too; an error where there is none"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the adapters, the order of the data and dropout")
     eval_every: int = Field(default=0, ge=0, description="steps between validation losses; 0: at the end alone")
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _whole_packs(cls, batch_tokens: int, info: ValidationInfo) -> int:
+        pack = info.data.get("pack_tokens", 1)
+        if batch_tokens % pack:
+            below = batch_tokens // pack * pack
+            near = f"{below} or {below + pack}" if below else str(pack)
+            raise ValueError(f"train.pack_tokens is {pack}, and a batch is whole packs: take {near}")
+        return batch_tokens
+
+    @field_validator("offload")
+    @classmethod
+    def _offloads_something(cls, offload: bool, info: ValidationInfo) -> bool:
+        if offload and info.data.get("recompute") != "layers":
+            raise ValueError("only what train.recompute=layers keeps can wait in main memory; set that too")
+        return offload
 
     @field_validator("max_steps")
     @classmethod
@@ -201,6 +254,7 @@ class Checkpoint(_Section):
 
     every_steps: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at the end alone")
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    background: bool = Field(default=False, description="write while training goes on, from a copy in main memory")
 
 
 class Log(_Section):
@@ -277,6 +331,22 @@ class Recipe(_Section):
     export: Export = Export()
     eval: Eval = Eval()
     run: Run = Run()
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a sample; one more than a pack holds, whose last token is a target only."""
+        return self.data.max_tokens or self.train.pack_tokens + 1
+
+    @field_validator("train")
+    @classmethod
+    def _packs_hold_samples(cls, train: Train, info: ValidationInfo) -> Train:
+        longest = info.data["data"].max_tokens if "data" in info.data else None
+        if longest is not None and longest > train.pack_tokens + 1:
+            raise ValueError(
+                f"train.pack_tokens is {train.pack_tokens}, which cannot hold a sample of data.max_tokens, {longest}; "
+                "raise it or lower that"
+            )
+        return train
 
     def to_yaml(self) -> str:
         """Every key as YAML; `load_recipe` of it gives an equal recipe."""

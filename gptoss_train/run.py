@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from gptoss_infer.adapter import Adapter, Target, write_adapter
+from gptoss_infer.adapter import Adapter, write_adapter
 from gptoss_infer.checkpoint import Checkpoint, atomic_directory, resolve
 from gptoss_infer.checkpoint.atomic import MANIFEST, file_sha256
 from gptoss_infer.errors import MachineError, UsageError
-from gptoss_infer.loading import load
 from gptoss_train import builtin
 from gptoss_train.data import Dataset, load_splits
 from gptoss_train.export import export, print_summary
@@ -37,7 +36,6 @@ from gptoss_train.yaml_strict import dump
 if TYPE_CHECKING:
     from gptoss_train.train import Trainer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXPORTS = {"mxfp4": "model", "bf16": "model-bf16", "adapter": "adapter-export"}  # format -> directory in the run
 MARKS = ("environment.json", "recipe.yaml")  # written in this order; a directory with both is a run's
 
@@ -163,12 +161,12 @@ def _train(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) 
     """Train to the end and write `adapter/`; the model is freed on return."""
     from gptoss_infer.lora import factors_of  # brings peft
 
-    trainer, targets = _trainer(recipe, run_dir, base, accelerator)
+    trainer = _trainer(recipe, run_dir, base, accelerator)
     trainer.run()
     if accelerator.is_main_process:
         factors = {
             target: type(pair)(*(x.detach() for x in pair))
-            for target, pair in factors_of(trainer.model, targets).items()
+            for target, pair in factors_of(trainer.model, trainer.targets).items()
         }
         lora = recipe.lora
         adapter = Adapter(lora.rank, lora.alpha, lora.rslora, lora.dropout, factors, base=str(base))
@@ -181,30 +179,18 @@ def _train(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) 
         torch.cuda.empty_cache()
 
 
-def _trainer(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) -> tuple[Trainer, list[Target]]:
-    from gptoss_infer.lora import all_targets, attach
-    from gptoss_train.train import Trainer
+def _trainer(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator) -> Trainer:
+    from gptoss_train.train import build_trainer  # brings peft
 
-    checkpoint = Checkpoint.open(base)
     data = recipe.data
     validation_path = builtin.path(data.validation) if data.validation else None
-    train, validation = load_splits(data, builtin.path(data.train), validation_path, recipe.train.seed)
+    train, validation = load_splits(recipe, builtin.path(data.train), validation_path)
     if accelerator.is_main_process:
         for dataset in (train, validation):
             if dataset is not None:
                 print(dataset.report.text(), file=sys.stderr)
-    model = load(
-        checkpoint, device=str(accelerator.device), dtype=DTYPES[recipe.model.dtype], experts=recipe.model.experts
-    )
-    lora = recipe.lora
-    layers = None if lora.layers == "all" else lora.layers
-    targets = all_targets(checkpoint.config.num_hidden_layers, lora.attention, lora.experts, layers)
-    torch.manual_seed(recipe.train.seed)  # of the factors
-    attach(model, targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora)
-    factors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     fingerprint = _fingerprint(recipe, base, train, validation)
-    trainer = Trainer(recipe, model, factors, train, validation, run_dir, fingerprint, accelerator)
-    return trainer, targets
+    return build_trainer(recipe, Checkpoint.open(base), train, validation, run_dir, fingerprint, accelerator)
 
 
 def _fingerprint(recipe: Recipe, base: Path, train: Dataset, validation: Dataset | None) -> str:

@@ -14,6 +14,7 @@ import gptoss_infer as gi
 from gptoss_infer.adapter import (
     ATTENTION,
     EXPERTS,
+    ROUTER,
     Adapter,
     Factors,
     Target,
@@ -40,10 +41,11 @@ def random_adapter(targets: list[Target], rank: int = 4, rslora: bool = False) -
 
 
 SELECTIONS = {
-    "all": all_targets(3, ATTENTION, EXPERTS),
-    "attention": all_targets(3, ("q_proj", "o_proj"), ()),
-    "down_only": all_targets(3, (), ("down_proj",)),
-    "one_layer": all_targets(3, ("v_proj",), EXPERTS, layers=[1]),
+    "all": all_targets(3, (*ATTENTION, *EXPERTS)),
+    "with_router": all_targets(3, (*ATTENTION, *EXPERTS, ROUTER)),
+    "attention": all_targets(3, ("q_proj", "o_proj")),
+    "down_only": all_targets(3, ("down_proj",)),
+    "one_layer": all_targets(3, ("v_proj", *EXPERTS, ROUTER), layers=[1]),
 }
 
 
@@ -66,7 +68,12 @@ def test_adapter_written_here_gives_the_same_logits_in_stock_peft(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "parameters", [["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["mlp.experts.gate_up_proj"]]
+    "parameters",
+    [
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"],
+    ],
 )
 def test_adapter_that_stock_peft_writes_is_read_with_equal_logits(tmp_path: Path, parameters: list[str]) -> None:
     from peft import LoraConfig, get_peft_model
@@ -158,9 +165,9 @@ def test_adapter_tensors_without_a_place_are_refused_rather_than_dropped(tmp_pat
 
     write_adapter(tmp_path, random_adapter(SELECTIONS["attention"]), CONFIG)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tensors["base_model.model.model.layers.0.mlp.router.lora_A.weight"] = torch.zeros(4, 64)
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.zeros(4, 64)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(DataError, match=r"router\.lora_A"):
+    with pytest.raises(DataError, match=r"gate\.lora_A"):
         read_adapter(tmp_path, CONFIG)
 
 

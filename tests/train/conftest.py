@@ -61,7 +61,7 @@ def recipe(tmp_path: Path, tiny_base: Path) -> Callable[..., Path]:
             "lora": {"rank": 2, "alpha": 4.0},
             "data": {"train": str(data)},
             "optim": {"lr": 0.01},
-            "train": {"max_steps": 4, "batch_size": 4},
+            "train": {"max_steps": 4, "pack_tokens": 256, "batch_tokens": 512},
             "export": {"formats": []},
             "run": {"dir": str(tmp_path / "run")},
         }

@@ -75,8 +75,8 @@ def test_overrides_may_stand_before_and_after_options_but_unknown_options_are_re
     recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(recipe())
-    assert main(["data", path, "data.max_tokens=9999", "-n", "1"]) == 0
-    assert run_command(main, ["data", path, "-n", "1", "data.max_tokens=1"]) == 4
+    assert main(["data", path, "train.epochs=null", "-n", "1"]) == 0
+    assert run_command(main, ["data", path, "-n", "1", "data.max_tokens=2"]) == 4
     assert "18 samples over the limit skipped" in capsys.readouterr().err
     for wrong in (["data", path, "--samples", "1"], ["recipes", "quickstart", "lora.rank=4"]):
         with pytest.raises(SystemExit) as caught:

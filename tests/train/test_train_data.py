@@ -12,9 +12,9 @@ import torch
 
 from gptoss_infer import harmony
 from gptoss_infer.errors import DataError
-from gptoss_train.data import CHANNELS, Sample, batch_indices, load_dataset, load_splits, steps_per_epoch
+from gptoss_train.data import CHANNELS, Sample, load_dataset, load_splits, pack
 from gptoss_train.preview import show
-from gptoss_train.recipe import Data
+from gptoss_train.recipe import Data, Recipe
 
 USER = {"role": "user", "content": "2 + 3?"}
 ANSWER = {"role": "assistant", "thinking": "2 + 3 is 5", "content": "It is 5."}
@@ -33,6 +33,11 @@ WITH_TOOL = {
 
 def settings(**changes: Any) -> Data:
     return Data(train="unused", **changes)
+
+
+def recipe_of(seed: int = 0, **data: Any) -> Recipe:
+    sections = {"model": {"checkpoint": "unused"}, "data": {"train": "unused"} | data}
+    return Recipe.model_validate({"version": 1, "train": {"epochs": 1, "seed": seed}} | sections)
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -160,7 +165,7 @@ def test_a_file_without_a_sample_is_an_error_that_says_what_became_of_its_lines(
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_a_missing_file_is_an_error_that_names_the_keys(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read .*check data\.train"):
-        load_splits(settings(validation_fraction=fraction), tmp_path / "nowhere.jsonl", None, seed=0)
+        load_splits(recipe_of(validation_fraction=fraction), tmp_path / "nowhere.jsonl", None)
 
 
 def test_a_byte_order_mark_windows_line_ends_and_a_missing_last_newline_change_nothing(tmp_path: Path) -> None:
@@ -184,14 +189,13 @@ def lines_of(samples: list[Sample]) -> set[str]:
 
 def test_a_validation_split_holds_out_whole_lines_and_is_the_same_every_time(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *numbered(40))
-    data = settings(validation_fraction=0.25)
-    train, held = load_splits(data, path, None, seed=3)
+    train, held = load_splits(recipe_of(seed=3, validation_fraction=0.25), path, None)
     assert held is not None
     assert (train.report.lines, held.report.lines) == (30, 10)
     assert lines_of(train.samples) | lines_of(held.samples) == {str(n) for n in range(40)}
     assert not lines_of(train.samples) & lines_of(held.samples)
-    again = load_splits(data, path, None, seed=3)[1]
-    other = load_splits(data, path, None, seed=4)[1]
+    again = load_splits(recipe_of(seed=3, validation_fraction=0.25), path, None)[1]
+    other = load_splits(recipe_of(seed=4, validation_fraction=0.25), path, None)[1]
     assert again is not None
     assert other is not None
     assert lines_of(again.samples) == lines_of(held.samples) != lines_of(other.samples)
@@ -201,25 +205,14 @@ def test_a_validation_split_holds_out_whole_lines_and_is_the_same_every_time(tmp
 def test_a_fraction_that_holds_out_nothing_or_everything_is_refused(tmp_path: Path, fraction: float) -> None:
     path = write(tmp_path / "a.jsonl", *numbered(10))
     with pytest.raises(DataError, match=r"validation_fraction 0\.\d+ of 10 lines holds out (0|10)"):
-        load_splits(settings(validation_fraction=fraction), path, None, seed=0)
+        load_splits(recipe_of(validation_fraction=fraction), path, None)
 
 
-@pytest.mark.parametrize(("samples", "batch"), [(10, 4), (8, 4), (3, 8), (7, 1)])
-def test_every_epoch_has_each_sample_once_in_an_order_of_its_own(samples: int, batch: int) -> None:
-    steps = steps_per_epoch(samples, batch)
-    orders = []
-    for epoch in range(3):
-        batches = [batch_indices(samples, batch, 5, step) for step in range(epoch * steps, (epoch + 1) * steps)]
-        assert all(len(one) == batch for one in batches[:-1])
-        orders.append([index for one in batches for index in one])
-        assert sorted(orders[-1]) == list(range(samples))
-    assert samples < 7 or len({tuple(order) for order in orders}) == 3
-
-
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    torch.manual_seed(1)
-    first = [batch_indices(50, 8, 0, step) for step in range(20)]
-    torch.manual_seed(2)
-    torch.randn(5)
-    assert [batch_indices(50, 8, 0, step) for step in reversed(range(20))] == first[::-1]
-    assert [batch_indices(50, 8, 1, step) for step in range(20)] != first
+def test_packed_samples_lie_one_after_another_with_their_own_positions_and_next_tokens() -> None:
+    first = Sample(torch.tensor([5, 6, 7]), torch.tensor([0, 0, 3], dtype=torch.uint8))
+    second = Sample(torch.tensor([8, 9]), torch.tensor([0, 1], dtype=torch.uint8))
+    batch = pack([first, second])
+    assert batch.input_ids.tolist() == [5, 6, 8]
+    assert batch.positions.tolist() == [0, 1, 0]
+    assert batch.targets.tolist() == [6, 7, 9], "the last token of a sample never predicts the next sample"
+    assert batch.channels.tolist() == [0, 3, 1]

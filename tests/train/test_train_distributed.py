@@ -1,4 +1,4 @@
-"""Two processes, or other micro-batches, do the step that one process does: the batch is the same, so is its loss."""
+"""Two processes, or smaller packs, do the step that one process does: the batch is the same, and so is its loss."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ STEPS = 6
 # eps) magnifies that without bound where a gradient is near 0, unless eps is above such gradients: hence the large one.
 OPTIM = {"lr": 0.05, "eps": 0.01, "max_grad_norm": 0.5}
 TOLERANCE = 1e-5
+# What the machine decides, and what packs of another size change.
+NOT_COMPARED = {
+    "time", "train/tokens_per_s", "train/tflops", "train/peak_memory_gb",
+    "train/padding_share", "moe/clamped_share", "val/router_drift",
+}  # fmt: skip
 
 
 @pytest.fixture
 def write(recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    def write(micro: int, **train: int) -> Path:
-        train = {"max_steps": STEPS, "batch_size": 7, "micro_batch_size": micro, "eval_every": 3} | train
+    def write(pack_tokens: int, packs: int) -> Path:
+        tokens = {"pack_tokens": pack_tokens, "batch_tokens": packs * pack_tokens}
+        train = {"max_steps": STEPS, "eval_every": 3} | tokens
         data = {"train": str(tmp_path / "train.jsonl"), "validation_fraction": 0.2}
         return recipe(data=data, optim=OPTIM, train=train)
 
@@ -49,9 +55,9 @@ def run_two(start: Any, recipe: Path, run: Path) -> None:
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    """All records but what a clock decides."""
+    """All records but what clock, memory and the filling of packs decide."""
     parsed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("time", "train/tokens_per_s")} for record in parsed]
+    return [{k: v for k, v in record.items() if k not in NOT_COMPARED} for record in parsed]
 
 
 def assert_close_runs(run: Path, expected: Path) -> None:
@@ -68,26 +74,27 @@ def assert_close_runs(run: Path, expected: Path) -> None:
 def test_two_processes_give_the_losses_and_factors_of_one(
     write: Callable[..., Path], tmp_path: Path, start: Any, finish: Any
 ) -> None:
-    # 14 training samples in batches of 7: ranks hold 4 and 3 samples of different lengths, in micro-batches of 3 or 1.
-    finish("run", write(7), f"run.dir={tmp_path / 'one'}")
-    run_two(start, write(3), tmp_path / "two")
+    # Steps of 3 packs, of different lengths: rank 0 has two of them, rank 1 one.
+    finish("run", write(256, 3), f"run.dir={tmp_path / 'one'}")
+    run_two(start, write(256, 3), tmp_path / "two")
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 
-def test_accumulating_micro_batches_gives_the_step_of_the_whole_batch(
+def test_accumulating_over_small_packs_gives_the_step_of_one_large_pack(
     write: Callable[..., Path], tmp_path: Path, finish: Any
 ) -> None:
-    finish("run", write(7), f"run.dir={tmp_path / 'whole'}")
-    finish("run", write(2), f"run.dir={tmp_path / 'parts'}")
+    # Every step is the whole data.
+    finish("run", write(4096, 1), f"run.dir={tmp_path / 'whole'}")
+    finish("run", write(256, 16), f"run.dir={tmp_path / 'parts'}")
     assert_close_runs(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_process_without_a_sample_in_a_small_last_batch_takes_part_in_the_step(
+def test_a_process_without_a_pack_in_a_small_batch_takes_part_in_the_step(
     write: Callable[..., Path], tmp_path: Path, start: Any, finish: Any
 ) -> None:
-    # 14 samples in batches of 13: the second batch is one sample, so rank 1 has none.
-    finish("run", write(4, batch_size=13), f"run.dir={tmp_path / 'one'}")
-    run_two(start, write(4, batch_size=13), tmp_path / "two")
+    # Every step is one pack, which rank 0 takes.
+    finish("run", write(512, 1), f"run.dir={tmp_path / 'one'}")
+    run_two(start, write(512, 1), tmp_path / "two")
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 
@@ -95,7 +102,7 @@ def test_a_process_without_a_sample_in_a_small_last_batch_takes_part_in_the_step
 def test_accelerate_launch_with_two_processes_gives_the_losses_and_factors_of_one(
     write: Callable[..., Path], tmp_path: Path, finish: Any
 ) -> None:
-    finish("run", write(7), f"run.dir={tmp_path / 'one'}")
+    finish("run", write(256, 3), f"run.dir={tmp_path / 'one'}")
     launch = [
         sys.executable,
         "-m",
@@ -107,7 +114,7 @@ def test_accelerate_launch_with_two_processes_gives_the_losses_and_factors_of_on
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    command = [*launch, "-m", "gptoss_train", "run", str(write(3)), f"run.dir={tmp_path / 'two'}"]
+    command = [*launch, "-m", "gptoss_train", "run", str(write(256, 3)), f"run.dir={tmp_path / 'two'}"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

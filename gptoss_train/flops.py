@@ -1,0 +1,206 @@
+"""Floating-point operations of a training step, exact from the architecture, and the share of a device's peak they are.
+
+Counted are matrix products alone, 2 operations per multiply-add: projections, attention scores, router, experts,
+unembedding and adapters. Norms, rotations, softmax, the activation, MXFP4 decoding, the embedding (a lookup) and the
+optimizer are not, as in every published utilisation. Used by the training loop and by benchmarks.
+
+What training does. Base weights are frozen, so a product costs as much again in backward, for the gradient to its
+input: 4 N operations per token for N weights it meets, not 6 N. Each adapter adds the gradients of its two factors.
+Attention is causal within a document, in sliding layers over a window, and the pairs of query and key are counted one
+by one; its backward has four products (to values, to probabilities, to queries, to keys) and a fifth that repeats the
+scores, since flash attention keeps none. The unembedding meets labelled tokens only. Two savings are ignored: the
+gradients below the first adapted layer, and rows of the unembedding that are equal (`loss.Unembedding`).
+Legend: C hidden size, H query heads, D head size, E experts, k experts per token, I intermediate size, V vocabulary,
+r rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from gptoss_infer.adapter import ATTENTION, weight_shape
+from gptoss_infer.config import LayerType, ModelConfig
+
+Recompute = Literal["none", "experts", "layers"]
+
+# Products over the pairs of a layer: Q K^T and P V forward, dV, dP, dQ and dK backward, and Q K^T again in backward.
+SCORES_FORWARD, SCORES_BACKWARD, SCORES_REPEATED = 2, 4, 1
+
+
+class LoraShape(NamedTuple):
+    """What is adapted: names of `adapter.ATTENTION` and `adapter.EXPERTS`, in `num_layers` layers, at one rank."""
+
+    rank: int
+    attention: tuple[str, ...]
+    experts: tuple[str, ...]
+    num_layers: int
+
+
+class StepFlops(NamedTuple):
+    """Floating-point operations by part; `recomputed` holds everything done twice, the other parts none of it."""
+
+    attention_projections: int
+    attention_scores: int
+    experts: int
+    router: int
+    unembedding: int
+    lora: int
+    recomputed: int
+
+    @property
+    def total(self) -> int:
+        """All that the device executes."""
+        return sum(self)
+
+    @property
+    def useful(self) -> int:
+        """What the result needs, whatever memory is saved by repeating: the numerator of `mfu`."""
+        return self.total - self.recomputed
+
+
+def num_pairs(num_tokens: int, layer_type: LayerType, sliding_window: int) -> int:
+    """Return the pairs of query and key that a causal layer scores in a document: sum of min(position + 1, window)."""
+    growing = num_tokens if layer_type == "full_attention" else min(num_tokens, sliding_window)
+    return growing * (growing + 1) // 2 + (num_tokens - growing) * sliding_window
+
+
+def forward_flops(
+    config: ModelConfig, document_tokens: Sequence[int], num_labels: int, lora: LoraShape | None = None
+) -> StepFlops:
+    """Return the operations of one forward pass; `recomputed` is 0.
+
+    Args:
+        document_tokens: length of every document, in one pack or many: no document attends to another.
+        num_labels: tokens that meet the unembedding.
+        lora: None for the base model alone.
+    Raises: ValueError for a length below 1, or for labels or adapted layers that are more than there can be.
+    """
+    num_tokens = _check(config, document_tokens, num_labels, lora)
+    layers, k = config.num_hidden_layers, config.num_experts_per_tok
+    pairs = sum(
+        num_pairs(length, kind, config.sliding_window) for kind in config.layer_types for length in document_tokens
+    )
+    return StepFlops(
+        attention_projections=2 * num_tokens * layers * sum(_size(name, config) for name in ATTENTION),
+        attention_scores=SCORES_FORWARD * _product_of_scores(config, pairs),
+        experts=2 * num_tokens * layers * k * (_size("gate_up_proj", config) + _size("down_proj", config)),
+        router=2 * num_tokens * layers * config.hidden_size * config.num_local_experts,
+        unembedding=2 * num_labels * config.vocab_size * config.hidden_size,
+        lora=_lora_forward(config, num_tokens, lora, (*lora.attention, *lora.experts)) if lora else 0,
+        recomputed=0,
+    )
+
+
+def step_flops(
+    config: ModelConfig,
+    document_tokens: Sequence[int],
+    num_labels: int,
+    lora: LoraShape | None,
+    recompute: Recompute,
+) -> StepFlops:
+    """Return the operations of forward and backward over a batch; arguments and errors as in `forward_flops`.
+
+    Args:
+        recompute: what backward repeats beside attention's scores: "none"; "experts", the router and the experts'
+            gate_up_proj with its adapter; "layers", the whole forward of every layer, which a checkpoint that stops
+            early undercuts by the last product.
+    """
+    forward = forward_flops(config, document_tokens, num_labels, lora)
+    repeated = forward.attention_scores // SCORES_FORWARD * SCORES_REPEATED
+    if recompute == "layers":
+        repeated += forward.useful - forward.unembedding
+    elif recompute == "experts":
+        repeated += forward.router + _gate_up_forward(config, sum(document_tokens), lora)
+    return StepFlops(
+        attention_projections=2 * forward.attention_projections,  # forward, gradient to the input
+        attention_scores=forward.attention_scores // SCORES_FORWARD * (SCORES_FORWARD + SCORES_BACKWARD),
+        experts=2 * forward.experts,
+        router=2 * forward.router,
+        unembedding=2 * forward.unembedding,
+        lora=3 * forward.lora,  # forward, gradient to the input, gradient to the factors
+        recomputed=repeated,
+    )
+
+
+def _check(config: ModelConfig, document_tokens: Sequence[int], num_labels: int, lora: LoraShape | None) -> int:
+    """Return the number of tokens."""
+    if any(length < 1 for length in document_tokens):
+        raise ValueError(f"document_tokens has a length of {min(document_tokens)}, expected at least 1")
+    num_tokens = sum(document_tokens)
+    if not 0 <= num_labels <= num_tokens:
+        raise ValueError(f"num_labels is {num_labels}, expected 0 to the number of tokens, {num_tokens}")
+    if lora is not None and not 0 <= lora.num_layers <= config.num_hidden_layers:
+        raise ValueError(f"lora.num_layers is {lora.num_layers}, the model has {config.num_hidden_layers}")
+    return num_tokens
+
+
+def _size(weight: str, config: ModelConfig) -> int:
+    """Return the elements of a weight (of one expert)."""
+    into, out = weight_shape(weight, config)
+    return into * out
+
+
+def _product_of_scores(config: ModelConfig, pairs: int) -> int:
+    """Return the operations of one product over `pairs` pairs: each takes D multiply-adds in every query head."""
+    return 2 * pairs * config.num_attention_heads * config.head_dim
+
+
+def _lora_forward(config: ModelConfig, num_tokens: int, lora: LoraShape, weights: Sequence[str]) -> int:
+    """Return the operations of x A^T B^T for `weights` in all adapted layers; a token meets k experts."""
+    per_token = sum(
+        2 * lora.rank * sum(weight_shape(name, config)) * (1 if name in ATTENTION else config.num_experts_per_tok)
+        for name in weights
+    )
+    return num_tokens * lora.num_layers * per_token
+
+
+def _gate_up_forward(config: ModelConfig, num_tokens: int, lora: LoraShape | None) -> int:
+    """Return the operations of the experts' first half, its adapter included."""
+    slots = num_tokens * config.num_experts_per_tok * config.num_hidden_layers
+    adapted = [name for name in lora.experts if name == "gate_up_proj"] if lora else []
+    adapter = _lora_forward(config, num_tokens, lora, adapted) if lora else 0
+    return 2 * slots * _size("gate_up_proj", config) + adapter
+
+
+# Peak bf16 operations per second with fp32 accumulation, dense (half of what is printed "with sparsity"), by the whole
+# name that drivers report: a part of a card (MIG), a laptop's or a Ti is another device.
+PEAKS = (
+    (r"(NVIDIA )?A100-(SXM4|PCIE)-[48]0GB", 312e12),  # NVIDIA A100 data sheet: 312 (624 with sparsity)
+    (r"NVIDIA A100 80GB PCIe", 312e12),  # NVIDIA A100 data sheet: 312 (624 with sparsity)
+    (r"NVIDIA H100 80GB HBM3", 989.4e12),  # SXM. NVIDIA H100 architecture white paper, table 2: 989.4
+    (r"NVIDIA H100 PCIe", 756e12),  # NVIDIA H100 architecture white paper, table 2: 756
+    (r"NVIDIA H200", 989.4e12),  # SXM. NVIDIA H200 data sheet: 1,979 with sparsity, the H100's chip and clock
+    (r"NVIDIA B200", 2250e12),  # NVIDIA HGX B200 data sheet: 36,000 with sparsity for eight
+    (r"NVIDIA L4", 121e12),  # NVIDIA L4 data sheet: 242 with sparsity
+    (r"NVIDIA L40S", 362e12),  # NVIDIA L40S data sheet: 362.05 (733 with sparsity)
+    (r"NVIDIA GeForce RTX 3090", 71e12),  # NVIDIA Ampere GA102 white paper: bf16 with fp32 accumulate, 71
+    (r"NVIDIA GeForce RTX 4090", 165.2e12),  # NVIDIA Ada white paper: bf16 with fp32 accumulate, 165.2
+    (r"NVIDIA GeForce RTX 5090", 209.5e12),  # NVIDIA RTX Blackwell white paper: bf16 with fp32 accumulate, 209.5
+    (r"AMD Instinct MI300X( OAM)?", 1307.4e12),  # AMD Instinct MI300X data sheet: 1,307.4 (2,614.9 with sparsity)
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return a device's peak in dense bf16 operations per second; None for one that is not in `PEAKS`.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` reports it.
+    """
+    return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_name)), None)
+
+
+def mfu(flops: StepFlops, time_s: float, peak: float) -> float:
+    """Return the model FLOPs utilisation, useful operations / time / peak (PaLM, arXiv 2204.02311, appendix B).
+
+    Useful are the operations without what is recomputed, so that saving memory never looks like speed.
+
+    Args:
+        flops: of all devices together.
+        time_s: wall-clock seconds they took.
+        peak: operations per second, of all devices together; `peak_flops` gives one device's.
+    """
+    assert time_s > 0, f"time_s is {time_s}, expected more than 0"
+    assert peak > 0, f"peak is {peak}, expected more than 0"
+    return flops.useful / time_s / peak

@@ -27,6 +27,8 @@ from gptoss_infer import kernels, mxfp4
 ExpertFormat = Literal["mxfp4", "bf16"]
 CHUNK_BYTES = 2**28  # decoded expert weights held at a time on a GPU: 8 experts of gpt-oss' gate_up_proj in bf16
 
+CACHED_VALUES = 2**19  # pre-activations worked on at a time on a CPU: 2 MiB of fp32
+
 
 class ExpertLinear(nn.Module):
     """One projection of every expert of a layer: MXFP4 bytes, or dense weights (E, in, out) as in bf16 checkpoints."""
@@ -423,23 +425,38 @@ def gate_and_up(pre: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
 def swiglu(pre: Tensor, activation: Activation, halves: bool = False) -> Tensor:
     """(m, 2 I) -> (m, I): the gate is clamped above, up on both sides; computed in fp32 or better."""
     dtype = torch.promote_types(torch.float32, pre.dtype)
-    gate, up = (half.to(dtype) for half in gate_and_up(pre, halves))
-    gate = gate.clamp(max=activation.limit)
-    up = up.clamp(-activation.limit, activation.limit).add_(1)
-    # gate * sigmoid(alpha gate) is silu(alpha gate) / alpha.
-    return F.silu(gate.mul_(activation.alpha)).mul_(up).div_(activation.alpha).to(pre.dtype)
+    result = pre.new_empty(len(pre), pre.shape[1] // 2)
+    for rows in _cached_rows(pre):
+        gate, up = (half.to(dtype, copy=True) for half in gate_and_up(pre[rows], halves))
+        gate.clamp_(max=activation.limit).mul_(activation.alpha)
+        up.clamp_(-activation.limit, activation.limit).add_(1).mul_(1 / activation.alpha)
+        # gate * sigmoid(alpha gate) is silu(alpha gate) / alpha.
+        result[rows] = F.silu(gate, inplace=True).mul_(up)
+    return result
 
 
 def swiglu_backward(grad: Tensor, pre: Tensor, activation: Activation, halves: bool = False) -> Tensor:
     """Return the gradient (m, 2 I) to `pre` from that to `swiglu` (m, I); nothing passes a clamp."""
     dtype = torch.promote_types(torch.float32, pre.dtype)
-    gate, up = (half.to(dtype) for half in gate_and_up(pre, halves))
     limit, alpha = activation.limit, activation.alpha
-    grad = grad.to(dtype)
     result = torch.empty_like(pre)
-    grad_gate, grad_up = gate_and_up(result, halves)
-    scaled = gate.clamp(max=limit).mul_(alpha)
-    slope = torch.ops.aten.silu_backward(grad * up.clamp(-limit, limit).add_(1), scaled)
-    grad_gate.copy_(slope.masked_fill_(gate > limit, 0))
-    grad_up.copy_(F.silu(scaled).mul_(grad).div_(alpha).masked_fill_(up.abs() > limit, 0))
+    for rows in _cached_rows(pre):
+        gate, up = (half.to(dtype, copy=True) for half in gate_and_up(pre[rows], halves))
+        # Few rows have a clamped value; looking for one is cheaper than masking, but on a GPU it would wait.
+        over = gate > limit if pre.is_cuda or bool(gate.amax() > limit) else None
+        beyond = up.abs() > limit if pre.is_cuda or bool(up.abs().amax() > limit) else None
+        upstream = grad[rows].to(dtype)
+        scaled = gate.clamp_(max=limit).mul_(alpha)
+        slope = torch.ops.aten.silu_backward(up.clamp_(-limit, limit).add_(1).mul_(upstream), scaled)
+        of_up = F.silu(scaled, inplace=True).mul_(upstream).mul_(1 / alpha)
+        grad_gate, grad_up = gate_and_up(result[rows], halves)
+        grad_gate.copy_(slope if over is None else slope.masked_fill_(over, 0))
+        grad_up.copy_(of_up if beyond is None else of_up.masked_fill_(beyond, 0))
     return result
+
+
+def _cached_rows(x: Tensor) -> Iterator[slice]:
+    """Yield slices of rows that stay in a core's cache between one elementwise operation and the next (CPU)."""
+    size = len(x) if x.is_cuda else max(1, CACHED_VALUES // x.shape[1])
+    for start in range(0, len(x), size):
+        yield slice(start, start + size)

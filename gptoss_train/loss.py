@@ -79,7 +79,9 @@ def _distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     words = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize])  # (V, C)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (weight.shape[1],), generator=generator).to(weight.device)
-    hashes = torch.cat([(part.long() * factors).sum(-1) for part in words.split(8192)])  # (V,), wrapping around
+    # The low half of an fp64 is often all zeros, and zeros at the end of a factor are lost from its product.
+    parts = (part.long() ^ part.long() >> 32 if part.itemsize == 8 else part.long() for part in words.split(8192))
+    hashes = torch.cat([(part * factors).sum(-1) for part in parts])  # (V,), wrapping around
     _, row_of_token, counts = hashes.unique(return_inverse=True, return_counts=True)
     first = torch.empty_like(counts).scatter_reduce_(
         0, row_of_token, torch.arange(len(weight), device=weight.device), "amin", include_self=False

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ SETTINGS: dict[str, Any] = {
     "optim": {"lr": 0.01, "warmup_steps": 5, "weight_decay": 0.01},
     "checkpoint": {"every_steps": 4, "keep": 2},
 }
+
+
+# Every lever that moves memory or work elsewhere.
+LEVERS = {
+    "none": [],
+    "experts": ["train.recompute=experts", "checkpoint.background=true"],
+    "layers": [
+        "train.recompute=layers", "train.offload=true", "train.deterministic=true", "model.embedding=host",
+        "checkpoint.background=true", "lora.router=true", "optim.lora_plus_ratio=4",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -59,25 +70,28 @@ def assert_equal_runs(run: Path, undisturbed: Path, steps: int) -> None:
     assert not leftovers
 
 
-def kill_at(steps: list[int], total: int, recipe: Path, tmp_path: Path, start: Any, finish: Any) -> None:
-    finish("run", recipe, f"run.dir={tmp_path / 'undisturbed'}")
+def kill_at(
+    steps: list[int], total: int, recipe: Path, tmp_path: Path, start: Any, finish: Any, levers: Sequence[str] = ()
+) -> None:
+    finish("run", recipe, f"run.dir={tmp_path / 'undisturbed'}", *levers)
     run, chance = tmp_path / "killed", random.Random(0)
     for step in steps:
-        job = start("run", recipe, f"run.dir={run}")
+        job = start("run", recipe, f"run.dir={run}", *levers)
         wait_for_step(run, step, job)
         time.sleep(chance.uniform(0, 0.02))  # anywhere in the next steps: in a forward pass, in a save
         os.kill(job.pid, signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL, job.output
         assert not (run / "adapter").exists()
-    output = finish("run", recipe, f"run.dir={run}")
+    output = finish("run", recipe, f"run.dir={run}", *levers)
     assert "resuming from step" in output
     assert_equal_runs(run, tmp_path / "undisturbed", total)
 
 
+@pytest.mark.parametrize("levers", LEVERS)
 def test_a_run_killed_once_and_resumed_is_bitwise_the_undisturbed_one(
-    run_recipe: Any, tmp_path: Path, start: Any, finish: Any
+    run_recipe: Any, tmp_path: Path, start: Any, finish: Any, levers: str
 ) -> None:
-    kill_at([9], 20, run_recipe(20), tmp_path, start, finish)
+    kill_at([9], 20, run_recipe(20), tmp_path, start, finish, LEVERS[levers])
 
 
 @pytest.mark.slow
@@ -88,14 +102,15 @@ def test_a_run_killed_at_ten_random_moments_is_bitwise_the_undisturbed_one(
     kill_at(moments, 200, run_recipe(200), tmp_path, start, finish)
 
 
-def test_sigterm_saves_the_step_in_progress_and_exits_143_and_the_run_goes_on_from_there(
-    run_recipe: Any, tmp_path: Path, start: Any, finish: Any
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_in_progress_and_the_run_goes_on_from_there(
+    run_recipe: Any, tmp_path: Path, start: Any, finish: Any, signum: signal.Signals, code: int
 ) -> None:
     recipe, run = run_recipe(30), tmp_path / "run"
     job = start("run", recipe, "checkpoint.every_steps=0")
     wait_for_step(run, 5, job)
-    os.kill(job.pid, signal.SIGTERM)
-    assert job.wait() == 143, job.output
+    os.kill(job.pid, signum)
+    assert job.wait() == code, job.output
     assert "saving after this step" in job.output
     assert "Traceback" not in job.output
     (saved,) = (run / "checkpoints").iterdir()

@@ -27,6 +27,7 @@ from gptoss_infer.errors import DataError, UsageError
 Format = Literal["mxfp4", "bf16", "adapter"]
 Rounding = Literal["nearest"]
 REPORT = "export_report.json"
+KEPT_ENOUGH = 0.9  # of a kind of weight's delta; below it the export warns
 
 
 @dataclass
@@ -240,7 +241,8 @@ def summary(survival: list[Survival]) -> list[dict[str, float | str]]:
 
 def print_summary(survival: list[Survival]) -> None:
     """Print, on stderr, how much of the fine-tune the written weights carry, and warn where it was lost."""
-    for row in summary(survival):
+    rows = summary(survival)
+    for row in rows:
         print(
             f"  {row['name']}: |delta|/|W| {row['delta_to_base']:.3%}, values changed {row['changed_share']:.2%}, "
             f"delta kept {row['kept']:.1%}, residual {row['residual']:.2f} of |delta|",
@@ -251,5 +253,12 @@ def print_summary(survival: list[Survival]) -> None:
         print(
             f"  warning: rounding lost the whole delta of {len(lost)} of {len(survival)} weights, such as {lost[0]}; "
             "compare the evaluations of adapter and model",
+            file=sys.stderr,
+        )
+    thin = [f"{row['kept']:.0%} of {row['name']}'s" for row in rows if float(row["kept"]) < KEPT_ENOUGH]
+    if thin:
+        print(
+            f"  warning: only {' and '.join(thin)} delta was kept: this checkpoint is not what was trained. Serve the "
+            "adapter over its base instead, export --format bf16, or train with lora.experts=[], which rounds nothing",
             file=sys.stderr,
         )

@@ -332,5 +332,15 @@ def test_a_weight_whose_whole_delta_was_lost_is_warned_of(
     tiny = random_adapter([Target(1, "down_proj")], size=1e-4)
     mixed = Adapter(4, 8.0, False, 0.0, random_adapter([Target(0, "q_proj")]).factors | tiny.factors)
     print_summary(export(mixed, base, tmp_path / "out"))
-    warning = "rounding lost the whole delta of 1 of 2 weights, such as model.layers.1.mlp.experts.down_proj"
-    assert warning in capsys.readouterr().err
+    warned = capsys.readouterr().err
+    assert "rounding lost the whole delta of 1 of 2 weights, such as model.layers.1.mlp.experts.down_proj" in warned
+    assert "only 0% of experts.down_proj's delta was kept: this checkpoint is not what was trained" in warned
+
+
+def test_an_export_that_kept_the_delta_warns_of_nothing(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gptoss_train.export import print_summary
+
+    print_summary(export(random_adapter([Target(0, "q_proj")]), base, tmp_path / "out"))
+    assert "warning" not in capsys.readouterr().err

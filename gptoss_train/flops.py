@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from gptoss_infer.adapter import ATTENTION, weight_shape
+from gptoss_infer.adapter import ATTENTION, EXPERTS, weight_shape
 from gptoss_infer.config import LayerType, ModelConfig
 
 Recompute = Literal["none", "experts", "layers"]
@@ -30,11 +30,11 @@ SCORES_FORWARD, SCORES_BACKWARD, SCORES_REPEATED = 2, 4, 1
 
 
 class LoraShape(NamedTuple):
-    """What is adapted: names of `adapter.ATTENTION` and `adapter.EXPERTS`, in `num_layers` layers, at one rank."""
+    """What is adapted in `num_layers` layers, at one rank: weights that every token meets, and those of experts."""
 
     rank: int
-    attention: tuple[str, ...]
-    experts: tuple[str, ...]
+    dense: tuple[str, ...]  # of adapter.ATTENTION, and adapter.ROUTER
+    experts: tuple[str, ...]  # of adapter.EXPERTS
     num_layers: int
 
 
@@ -88,7 +88,7 @@ def forward_flops(
         experts=2 * num_tokens * layers * k * (_size("gate_up_proj", config) + _size("down_proj", config)),
         router=2 * num_tokens * layers * config.hidden_size * config.num_local_experts,
         unembedding=2 * num_labels * config.vocab_size * config.hidden_size,
-        lora=_lora_forward(config, num_tokens, lora, (*lora.attention, *lora.experts)) if lora else 0,
+        lora=_lora_forward(config, num_tokens, lora, (*lora.dense, *lora.experts)) if lora else 0,
         recomputed=0,
     )
 
@@ -103,16 +103,16 @@ def step_flops(
     """Return the operations of forward and backward over a batch; arguments and errors as in `forward_flops`.
 
     Args:
-        recompute: what backward repeats beside attention's scores: "none"; "experts", the router and the experts'
-            gate_up_proj with its adapter; "layers", the whole forward of every layer, which a checkpoint that stops
-            early undercuts by the last product.
+        recompute: what backward repeats beside attention's scores: "none"; "experts", the experts' gate_up_proj with
+            its adapter and the first factor of down_proj's; "layers", the whole forward of every layer, which a
+            checkpoint that stops early undercuts by the last product.
     """
     forward = forward_flops(config, document_tokens, num_labels, lora)
     repeated = forward.attention_scores // SCORES_FORWARD * SCORES_REPEATED
     if recompute == "layers":
         repeated += forward.useful - forward.unembedding
     elif recompute == "experts":
-        repeated += forward.router + _gate_up_forward(config, sum(document_tokens), lora)
+        repeated += _repeated_in_experts(config, sum(document_tokens), lora)
     return StepFlops(
         attention_projections=2 * forward.attention_projections,  # forward, gradient to the input
         attention_scores=forward.attention_scores // SCORES_FORWARD * (SCORES_FORWARD + SCORES_BACKWARD),
@@ -150,18 +150,21 @@ def _product_of_scores(config: ModelConfig, pairs: int) -> int:
 def _lora_forward(config: ModelConfig, num_tokens: int, lora: LoraShape, weights: Sequence[str]) -> int:
     """Return the operations of x A^T B^T for `weights` in all adapted layers; a token meets k experts."""
     per_token = sum(
-        2 * lora.rank * sum(weight_shape(name, config)) * (1 if name in ATTENTION else config.num_experts_per_tok)
+        2 * lora.rank * sum(weight_shape(name, config)) * (config.num_experts_per_tok if name in EXPERTS else 1)
         for name in weights
     )
     return num_tokens * lora.num_layers * per_token
 
 
-def _gate_up_forward(config: ModelConfig, num_tokens: int, lora: LoraShape | None) -> int:
-    """Return the operations of the experts' first half, its adapter included."""
-    slots = num_tokens * config.num_experts_per_tok * config.num_hidden_layers
-    adapted = [name for name in lora.experts if name == "gate_up_proj"] if lora else []
-    adapter = _lora_forward(config, num_tokens, lora, adapted) if lora else 0
-    return 2 * slots * _size("gate_up_proj", config) + adapter
+def _repeated_in_experts(config: ModelConfig, num_tokens: int, lora: LoraShape | None) -> int:
+    """Return the operations that `experts._RunExperts` repeats: gate_up_proj, and the adapters' products it drops."""
+    slots = num_tokens * config.num_experts_per_tok
+    repeated = 2 * slots * config.num_hidden_layers * _size("gate_up_proj", config)
+    if lora and "gate_up_proj" in lora.experts:
+        repeated += _lora_forward(config, num_tokens, lora, ["gate_up_proj"])
+    if lora and "down_proj" in lora.experts:
+        repeated += 2 * slots * lora.num_layers * lora.rank * config.intermediate_size
+    return repeated
 
 
 # Peak bf16 operations per second with fp32 accumulation, dense (half of what is printed "with sparsity"), by the whole

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gptoss_infer.adapter import Target
+from gptoss_infer.adapter import EXPERTS, Target
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import Terminated
 from gptoss_infer.loading import load
@@ -76,7 +76,8 @@ class Trainer:
         self.base_choices: Choices | None = None
         self.scaling = recipe.lora.alpha / (recipe.lora.rank**0.5 if recipe.lora.rslora else recipe.lora.rank)
         num_layers = len({target.layer for target in self.targets})
-        lora = LoraShape(recipe.lora.rank, recipe.lora.attention, recipe.lora.experts, num_layers)
+        dense = tuple(weight for weight in recipe.lora.weights if weight not in EXPERTS)
+        lora = LoraShape(recipe.lora.rank, dense, recipe.lora.experts, num_layers)
         self.flops = functools.partial(step_flops, self.model.config, lora=lora, recompute=settings.recompute)
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 

@@ -56,7 +56,7 @@ def test_forward_of_a_tiny_model_is_the_number_worked_out_by_hand() -> None:
     ("recompute", "repeated"),
     [
         ("none", 104),  # Q K^T: one of the two products of 208
-        ("experts", 104 + 320 + 768),  # and the router, and gate_up: 24 of the experts' 36 parts of 1152
+        ("experts", 104 + 768 + 48),  # and gate_up: 24 of the experts' 36 parts of 1152; and down's A: 3, 8 times
         ("layers", 104 + 768 + 208 + 1152 + 320 + 176),  # and everything but the unembedding
     ],
 )
@@ -136,7 +136,7 @@ class Weights:
         shapes |= {"gate_up_proj": (2 * i, c), "down_proj": (c, i), "router": (config.num_local_experts, c)}
         self.base = {name: torch.randn(shape) for name, shape in shapes.items()}
         self.factors = {}
-        for name in (*lora.attention, *lora.experts) if lora else ():
+        for name in (*lora.dense, *lora.experts) if lora else ():
             out, into = shapes[name]
             a, b = torch.randn(lora.rank if lora else 0, into), torch.randn(out, lora.rank if lora else 0)
             self.factors[name] = (a.requires_grad_(), b.requires_grad_())
@@ -211,14 +211,15 @@ def test_a_step_is_what_torch_counts_on_a_dense_formulation(lora: LoraShape | No
     assert flops.total - (products + 1) * one_product + square == expected
 
 
-def test_repeating_the_experts_first_half_is_what_torch_counts_for_router_and_gate_up() -> None:
+def test_repeating_the_experts_first_half_is_what_torch_counts_for_gate_up_and_the_first_factor_of_down() -> None:
     lora = LoraShape(4, ATTENTION, EXPERTS, 2)
     weights, x = Weights(FULL, lora), torch.randn(13, FULL.hidden_size)
     rows = x.repeat_interleave(FULL.num_experts_per_tok, 0)
     with FlopCounterMode(display=False) as counter:
         for n in range(3):
-            F.linear(x, weights.base["router"])
             weights.project(rows, "gate_up_proj", adapted=n < lora.num_layers)
+            if n < lora.num_layers:
+                torch.mm(torch.randn(len(rows), FULL.intermediate_size), torch.randn(FULL.intermediate_size, lora.rank))
     experts, none = (step_flops(FULL, [13], 5, lora, recompute) for recompute in ("experts", "none"))
     assert experts.total - none.total == counter.get_total_flops()
     assert experts.useful == none.useful

@@ -14,12 +14,16 @@ keys in a block's range.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from gptoss_infer import kernels
+
 BLOCK_QUERIES = 128  # on a CPU; the scores of a block, H x 128 x S, then stay near the cores
 KEY_STEP = 64  # key ranges are multiples of it: products of a few sizes, which oneDNN compiles once each
-SCORE_BYTES = 2**29  # on a GPU, where larger blocks mean fewer launches: fp32 scores of a block
+SCORE_BYTES = 2**28  # on a GPU, where larger blocks mean fewer launches: fp32 scores of a block
 
 
 class Blocks:
@@ -43,9 +47,10 @@ class Blocks:
         while first < self.num_tokens:
             document = self.first_of[first]
             size = BLOCK_QUERIES
-            if self.device.type != "cpu":
-                keys = first - document + size if window is None else min(first - document, window) + size
-                size = max(size, SCORE_BYTES // (4 * num_heads * keys) // size * size)
+            if kernels.on_gpu(self.starts):
+                before = first - document if window is None else min(first - document, window)
+                most = SCORE_BYTES // (4 * num_heads)  # size * (before + size) may be that many
+                size = max(size, (math.isqrt(before**2 + 4 * most) - before) // 2 // size * size)
             end = min(first + size, self.num_tokens)
             key = document if window is None else max(document, first - window + 1)
             key = max(0, end - -(-(end - key) // KEY_STEP) * KEY_STEP)

@@ -92,6 +92,21 @@ class ModelConfig:
         return int(self.rope.original_max_position_embeddings * self.rope.factor)
 
 
+def published(size: Literal["20b", "120b"]) -> ModelConfig:
+    """Return the architecture of openai/gpt-oss-20b or -120b (model card, arXiv 2508.10925, and their config.json)."""
+    layers, experts = {"20b": (24, 32), "120b": (36, 128)}[size]
+    return ModelConfig(
+        num_hidden_layers=layers, hidden_size=2880, intermediate_size=2880, num_local_experts=experts,
+        num_experts_per_tok=4, num_attention_heads=64, num_key_value_heads=8, head_dim=64, vocab_size=201088,
+        sliding_window=128, layer_types=alternating(layers),
+    )  # fmt: skip
+
+
+def alternating(num_layers: int) -> tuple[LayerType, ...]:
+    """Return gpt-oss' layer types: sliding, full, sliding, full, ..."""
+    return tuple("full_attention" if n % 2 else "sliding_attention" for n in range(num_layers))
+
+
 def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """Return the typed config of a parsed `config.json` in either spelling.
 
@@ -107,8 +122,7 @@ def parse_config(raw: dict[str, Any], source: str = "config.json") -> ModelConfi
         if not isinstance(named[name], int) or isinstance(named[name], bool):
             raise DataError(f"{source}: {name} is {named[name]!r}, expected an integer")
     layers = named["num_hidden_layers"]
-    default_types = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(layers)]
-    layer_types: Any = named.get("layer_types") or default_types
+    layer_types: Any = named.get("layer_types") or list(alternating(layers))
     if not isinstance(layer_types, list) or any(t not in get_args(LayerType) for t in layer_types):
         raise DataError(f"{source}: layer_types is {layer_types!r}, expected one of {get_args(LayerType)} per layer")
     try:

@@ -28,6 +28,7 @@ ExpertFormat = Literal["mxfp4", "bf16"]
 CHUNK_BYTES = 2**28  # decoded expert weights held at a time on a GPU: 8 experts of gpt-oss' gate_up_proj in bf16
 
 CACHED_VALUES = 2**19  # pre-activations worked on at a time on a CPU: 2 MiB of fp32
+GPU_VALUES = 2**26  # and on a GPU: fewer launches, 256 MiB
 
 
 class ExpertLinear(nn.Module):
@@ -227,7 +228,7 @@ def _linears(options: _Options, tensors: Sequence[Tensor | None], dtype: torch.d
 
 def _chunk_size(gate_up: _Linear, x: Tensor) -> int:
     """Return how many experts are worked on at a time: one on a CPU, where its rows stay in cache."""
-    if not x.is_cuda:
+    if not kernels.on_gpu(x):
         return 1
     return max(1, CHUNK_BYTES // (gate_up.num_weights * x.element_size()))
 
@@ -238,7 +239,7 @@ def _filled(counts: list[int], x: Tensor) -> tuple[list[int], int]:
     On a CPU, oneDNN compiles a bf16 product anew for every number of rows, which takes longer than the product; the
     numbers of an expert's tokens are never the same twice. Filling adds 6% to the rows of 256 tokens, on average.
     """
-    if x.is_cuda or x.dtype != torch.bfloat16:
+    if kernels.on_gpu(x) or x.dtype != torch.bfloat16:
         return counts, 0
     (count,) = counts
     step = next((step for step, most in ((1, 8), (8, 32), (16, 128), (32, 512), (64, 2048)) if count <= most), 256)
@@ -357,7 +358,7 @@ class _Linear:
 
 def padded(x: Tensor, dim: int) -> Tensor:
     """Fill a LoRA rank up with zeros to a multiple of 8 on a GPU, whose grouped products need 16-byte strides."""
-    missing = -x.shape[dim] % 8 if x.is_cuda else 0
+    missing = -x.shape[dim] % 8 if kernels.on_gpu(x) else 0
     if missing == 0:
         return x
     shape = list(x.shape)
@@ -369,7 +370,7 @@ def grouped_mm(x: Tensor, weights: Tensor, counts: list[int], bias: Tensor | Non
     """Multiply the next counts[e] rows of x (m, K) by weights[e], of (n, K, L), and add bias[e]; return (m, L)."""
     if len(counts) == 1:
         return x @ weights[0] if bias is None else torch.addmm(bias[0], x, weights[0])
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    if kernels.on_gpu(x) and x.dtype == torch.bfloat16:
         y = F.grouped_mm(x, weights, offs=_offsets(counts, x.device))
     else:
         y = torch.cat([part @ weights[e] for e, part in enumerate(x.split(counts))])
@@ -391,7 +392,7 @@ def grouped_outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
     """Return (n, P, Q): for each expert, left^T right over its rows, of (m, P) and (m, Q)."""
     if len(counts) == 1:
         return (left.mT @ right).unsqueeze(0)
-    if left.is_cuda and left.dtype == torch.bfloat16:
+    if kernels.on_gpu(left) and left.dtype == torch.bfloat16:
         return F.grouped_mm(left.mT, right, offs=_offsets(counts, left.device))
     pairs = zip(left.split(counts), right.split(counts), strict=True)
     return torch.stack([a.mT @ b for a, b in pairs])
@@ -442,9 +443,7 @@ def swiglu_backward(grad: Tensor, pre: Tensor, activation: Activation, halves: b
     result = torch.empty_like(pre)
     for rows in _cached_rows(pre):
         gate, up = (half.to(dtype, copy=True) for half in gate_and_up(pre[rows], halves))
-        # Few rows have a clamped value; looking for one is cheaper than masking, but on a GPU it would wait.
-        over = gate > limit if pre.is_cuda or bool(gate.amax() > limit) else None
-        beyond = up.abs() > limit if pre.is_cuda or bool(up.abs().amax() > limit) else None
+        over, beyond = _above(gate, limit), _above(up.abs(), limit)
         upstream = grad[rows].to(dtype)
         scaled = gate.clamp_(max=limit).mul_(alpha)
         slope = torch.ops.aten.silu_backward(up.clamp_(-limit, limit).add_(1).mul_(upstream), scaled)
@@ -455,8 +454,15 @@ def swiglu_backward(grad: Tensor, pre: Tensor, activation: Activation, halves: b
     return result
 
 
+def _above(x: Tensor, limit: float) -> Tensor | None:
+    """Return where x exceeds the limit, or None if it nowhere does: looking is cheaper than masking (CPU)."""
+    if x.device.type == "cpu" and not bool(x.amax() > limit):
+        return None
+    return x > limit
+
+
 def _cached_rows(x: Tensor) -> Iterator[slice]:
-    """Yield slices of rows that stay in a core's cache between one elementwise operation and the next (CPU)."""
-    size = len(x) if x.is_cuda else max(1, CACHED_VALUES // x.shape[1])
+    """Yield slices of rows that stay in a core's cache between one elementwise operation and the next."""
+    size = max(1, (GPU_VALUES if kernels.on_gpu(x) else CACHED_VALUES) // x.shape[1])
     for start in range(0, len(x), size):
         yield slice(start, start + size)

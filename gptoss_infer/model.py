@@ -182,18 +182,19 @@ class Context:
     """What all layers share in one forward: positions, rotations, what each query sees, the cache, and the options."""
 
     def __init__(
-        self, config: ModelConfig, positions: Tensor, dtype: torch.dtype, cache: LayerCache | None, num_keys: int
+        self, config: ModelConfig, positions: Tensor, like: Tensor, cache: LayerCache | None, num_keys: int
     ) -> None:
         self.positions, self.cache = positions, cache
+        device, dtype = like.device, like.dtype
         self.recompute: Recompute = "none"
         self.watch: Watch | None = None
         frequencies, scale = rope_frequencies(config.head_dim, config.rope)
-        angles = positions[:, :, None, None].float() * frequencies.to(positions.device)  # (B, T, 1, D/2)
+        angles = positions.to(device)[:, :, None, None].float() * frequencies.to(device)  # (B, T, 1, D/2)
         self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
         if cache is None:
-            self.blocks = Blocks(document_starts(positions), positions.device)
+            self.blocks = Blocks(document_starts(positions), device)
             return
-        distance = positions[:, :, None] - torch.arange(num_keys, device=positions.device)  # (B, T, S)
+        distance = positions[:, :, None] - torch.arange(num_keys, device=device)  # (B, T, S)
         self.seen = (distance >= 0)[:, None, None]  # (B, 1, 1, T, S)
         self.seen_in_window = self.seen & (distance < config.sliding_window)[:, None, None]
 
@@ -255,8 +256,8 @@ class GptOss(nn.Module):
 
         Args:
             input_ids: int64 (B, T). Padding goes to the right, where causality hides it.
-            positions: int64 (B, T); 0..T-1 if omitted. Without a cache a row may hold several documents, one after
-                another, whose positions start at 0 each; none sees another.
+            positions: int64 (B, T), on any device; 0..T-1 if omitted. Without a cache a row may hold several documents,
+                one after another, whose positions start at 0 each; none sees another.
             cache: filled at `positions`; its first `num_keys` slots are attended to.
             recompute: what the backward pass computes again instead of keeping: the experts' pre-activations, or whole
                 layers (all but their inputs).
@@ -267,7 +268,7 @@ class GptOss(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         embedding = self.model.embed_tokens
         x = embedding(input_ids.to(embedding.weight.device)).to(self.device)  # (B, T, C)
-        context = Context(self.config, positions, x.dtype, cache, num_keys)
+        context = Context(self.config, positions, x, cache, num_keys)
         context.recompute, context.watch = recompute, watch
         keep = save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext()
         with keep:

@@ -23,7 +23,7 @@ from gptoss_infer.errors import UsageError, run_command
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parse(argv)
-    handlers = {"run": _run, "data": _data, "export": _export, "bench": _bench, "recipes": _recipes}
+    handlers = {"run": _run, "plan": _plan, "data": _data, "export": _export, "bench": _bench, "recipes": _recipes}
     return handlers[arguments.command](arguments)
 
 
@@ -57,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", metavar="SECTION.KEY=VALUE", nargs="*", help="values that replace the file's")
 
     add_recipe(add("run", "train, export and evaluate as a recipe says", "gptoss-train run quickstart optim.lr=1e-3"))
+    plan = add(
+        "plan",
+        "predict the memory, time and disk of a recipe",
+        "gptoss-train plan gpt-oss-20b-lora --device h100",
+    )
+    plan.add_argument("--device", help="cpu, a card such as rtx4090, or a size such as 24GB (default: what is here)")
+    plan.add_argument("--json", action="store_true", help="print the prediction as JSON only")
+    add_recipe(plan)
     data = add(
         "data", "show what a recipe trains on: samples, labelled tokens, counts", "gptoss-train data quickstart -n 1"
     )
@@ -127,6 +135,21 @@ def _run(arguments: argparse.Namespace) -> int:
     from gptoss_train.run import run  # after the recipe: its errors should not wait for torch
 
     return run(recipe, Path(arguments.recipe).stem)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from gptoss_train.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from gptoss_train.plan import lines, predict, to_json
+
+    prediction = predict(recipe, arguments.device)
+    if arguments.json:
+        print(json.dumps({"recipe": recipe.model_dump(mode="json"), **to_json(prediction)}))
+    else:
+        print(recipe.to_yaml(), file=sys.stderr)
+        print("\n".join(lines(prediction)))
+    return 0 if prediction.fits else 1
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from gptoss_infer.checkpoint import Checkpoint, resolve
 from gptoss_infer.config import ModelConfig
 from gptoss_train.data import CHANNELS, Dataset, Report, Sample
+from gptoss_train.plan import Workload, need_of
 from gptoss_train.progress import peak_memory_bytes
 from gptoss_train.recipe import Recipe
 from gptoss_train.train import build_trainer
@@ -38,6 +39,7 @@ def bench(checkpoint: str, shape: Shape, steps: int, settings: dict[str, dict[st
     Args:
         settings: sections of a recipe that replace the defaults, such as {"lora": {"rank": 8}}.
     """
+    resident = peak_memory_bytes(torch.device("cpu"))
     opened = Checkpoint.open(resolve(checkpoint))
     sections: dict[str, dict[str, object]] = {
         "model": {"checkpoint": checkpoint},
@@ -64,6 +66,7 @@ def bench(checkpoint: str, shape: Shape, steps: int, settings: dict[str, dict[st
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         trainable = sum(parameter.numel() for parameter in trainer.factors.values())
+    peak = peak_memory_bytes(accelerator.device)
     step_s = statistics.median(times[1:])
     return {
         "tool": "gptoss-train",
@@ -81,8 +84,19 @@ def bench(checkpoint: str, shape: Shape, steps: int, settings: dict[str, dict[st
         "tokens_per_s": round(shape.seq * shape.batch / step_s, 1),
         "tflops": round(values["train/tflops"] * times[-1] / step_s, 3),
         "mfu": round(values["train/mfu"] * times[-1] / step_s, 4) if "train/mfu" in values else None,
-        "peak_gb": round(peak_memory_bytes(accelerator.device) / 1e9, 2),
+        "peak_gb": round(peak / 1e9, 2),
+        "planned_gb": round(_planned(recipe, opened.config, shape, resident) / 1e9, 2),
     }
+
+
+def _planned(recipe: Recipe, config: ModelConfig, shape: Shape, resident: int) -> float:
+    """Return the peak that `gptoss-train plan` predicts: tensors of a GPU, or all that is resident on a CPU."""
+    documents = [shape.seq] * shape.pack
+    labels = shape.pack * round(shape.seq * shape.loss_fraction)
+    gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
+    workload = Workload(documents, labels, None, None, shape.loss_fraction)
+    need = need_of(recipe, config, workload, gpu=gpu, resident=resident)
+    return need.step.device if gpu else need.device
 
 
 def synthetic(config: ModelConfig, shape: Shape, steps: int) -> Dataset:

@@ -16,12 +16,12 @@ r rank.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from gptoss_infer.adapter import ATTENTION, EXPERTS, weight_shape
 from gptoss_infer.config import LayerType, ModelConfig
+from gptoss_train.recipe import Lora
 
 Recompute = Literal["none", "experts", "layers"]
 
@@ -36,6 +36,14 @@ class LoraShape(NamedTuple):
     dense: tuple[str, ...]  # of adapter.ATTENTION, and adapter.ROUTER
     experts: tuple[str, ...]  # of adapter.EXPERTS
     num_layers: int
+
+    @classmethod
+    def of(cls, lora: Lora, config: ModelConfig) -> LoraShape:
+        """Return what a recipe's section asks for."""
+        dense = tuple(weight for weight in lora.weights if weight not in EXPERTS)
+        return cls(
+            lora.rank, dense, lora.experts, config.num_hidden_layers if lora.layers == "all" else len(lora.layers)
+        )
 
 
 class StepFlops(NamedTuple):
@@ -167,33 +175,6 @@ def _repeated_in_experts(config: ModelConfig, num_tokens: int, lora: LoraShape |
     return repeated
 
 
-# Peak bf16 operations per second with fp32 accumulation, dense (half of what is printed "with sparsity"), by the whole
-# name that drivers report: a part of a card (MIG), a laptop's or a Ti is another device.
-PEAKS = (
-    (r"(NVIDIA )?A100-(SXM4|PCIE)-[48]0GB", 312e12),  # NVIDIA A100 data sheet: 312 (624 with sparsity)
-    (r"NVIDIA A100 80GB PCIe", 312e12),  # NVIDIA A100 data sheet: 312 (624 with sparsity)
-    (r"NVIDIA H100 80GB HBM3", 989.4e12),  # SXM. NVIDIA H100 architecture white paper, table 2: 989.4
-    (r"NVIDIA H100 PCIe", 756e12),  # NVIDIA H100 architecture white paper, table 2: 756
-    (r"NVIDIA H200", 989.4e12),  # SXM. NVIDIA H200 data sheet: 1,979 with sparsity, the H100's chip and clock
-    (r"NVIDIA B200", 2250e12),  # NVIDIA HGX B200 data sheet: 36,000 with sparsity for eight
-    (r"NVIDIA L4", 121e12),  # NVIDIA L4 data sheet: 242 with sparsity
-    (r"NVIDIA L40S", 362e12),  # NVIDIA L40S data sheet: 362.05 (733 with sparsity)
-    (r"NVIDIA GeForce RTX 3090", 71e12),  # NVIDIA Ampere GA102 white paper: bf16 with fp32 accumulate, 71
-    (r"NVIDIA GeForce RTX 4090", 165.2e12),  # NVIDIA Ada white paper: bf16 with fp32 accumulate, 165.2
-    (r"NVIDIA GeForce RTX 5090", 209.5e12),  # NVIDIA RTX Blackwell white paper: bf16 with fp32 accumulate, 209.5
-    (r"AMD Instinct MI300X( OAM)?", 1307.4e12),  # AMD Instinct MI300X data sheet: 1,307.4 (2,614.9 with sparsity)
-)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return a device's peak in dense bf16 operations per second; None for one that is not in `PEAKS`.
-
-    Args:
-        device_name: as `torch.cuda.get_device_name` reports it.
-    """
-    return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, device_name)), None)
-
-
 def mfu(flops: StepFlops, time_s: float, peak: float) -> float:
     """Return the model FLOPs utilisation, useful operations / time / peak (PaLM, arXiv 2204.02311, appendix B).
 
@@ -202,7 +183,7 @@ def mfu(flops: StepFlops, time_s: float, peak: float) -> float:
     Args:
         flops: of all devices together.
         time_s: wall-clock seconds they took.
-        peak: operations per second, of all devices together; `peak_flops` gives one device's.
+        peak: operations per second, of all devices together; `devices.peak_flops` gives one device's.
     """
     assert time_s > 0, f"time_s is {time_s}, expected more than 0"
     assert peak > 0, f"peak is {peak}, expected more than 0"

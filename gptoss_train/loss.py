@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from gptoss_infer import kernels
+
 # Logits held at a time, in fp32 (fp64 for fp64 input); a copy in `hidden`'s dtype, if it is another, comes on top, and
 # some (TILE_ROWS, C) sums. A CPU's tile should stay in its cache; a GPU's should give every unit enough to do.
 CPU_TILE_BYTES = 2**23
@@ -52,10 +54,12 @@ class Unembedding:
     @classmethod
     def of(cls, weight: Tensor) -> Unembedding:
         """Merge the equal rows of a (V, C) matrix, if there are enough of them."""
-        distinct, row_of_token, counts = _distinct_rows(weight)
-        if len(distinct) > DENSE_SHARE * len(weight):
+        row_of_token, counts = _equal_rows(weight)
+        if len(counts) > DENSE_SHARE * len(weight):
             return cls(weight, None, None)
-        return cls(distinct, counts.to(_sum_dtype(weight)).log(), row_of_token)
+        return cls(
+            _representatives(weight, row_of_token, len(counts)), counts.to(_sum_dtype(weight)).log(), row_of_token
+        )
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return -log p(target), (n,) in fp32 (fp64 for fp64 input), differentiable once in `hidden`; n may be 0.
@@ -74,17 +78,22 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return distinct rows (U, C), the distinct row of every token (V,), and how often each occurs (U,)."""
+def _equal_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the distinct rows of (V, C): return the number of every token's (V,), and how often each occurs (U,)."""
     words = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize])  # (V, C)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (weight.shape[1],), generator=generator).to(weight.device)
     # The low half of an fp64 is often all zeros, and zeros at the end of a factor are lost from its product.
-    parts = (part.long() ^ part.long() >> 32 if part.itemsize == 8 else part.long() for part in words.split(8192))
+    parts = (part.long() ^ part.long() >> 32 if part.itemsize == 8 else part.long() for part in words.split(1024))
     hashes = torch.cat([(part * factors).sum(-1) for part in parts])  # (V,), wrapping around
     _, row_of_token, counts = hashes.unique(return_inverse=True, return_counts=True)
-    first = torch.empty_like(counts).scatter_reduce_(
-        0, row_of_token, torch.arange(len(weight), device=weight.device), "amin", include_self=False
+    return row_of_token, counts
+
+
+def _representatives(weight: Tensor, row_of_token: Tensor, num_rows: int) -> Tensor:
+    """Return the distinct rows (U, C), after comparing every row with the one that stands for it."""
+    first = torch.full((num_rows,), len(weight), device=weight.device).scatter_reduce_(
+        0, row_of_token, torch.arange(len(weight), device=weight.device), "amin"
     )
     distinct = weight[first]
     same = all(
@@ -92,7 +101,7 @@ def _distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for part, index in zip(weight.split(8192), row_of_token.split(8192), strict=True)
     )
     assert same, "two different rows have the same 64-bit hash"
-    return distinct, row_of_token, counts
+    return distinct
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
@@ -142,7 +151,7 @@ def _over_others(
         with_mean: Whether the mean row is wanted; if not, it is None.
     """
     n, dtype, rows, log_counts = len(hidden), gold.dtype, unembedding.rows, unembedding.log_counts
-    tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else GPU_TILE_BYTES
+    tile_bytes = GPU_TILE_BYTES if kernels.on_gpu(hidden) else CPU_TILE_BYTES
     width = min(len(rows), max(1, tile_bytes // (dtype.itemsize * n * TILE_COLUMNS)) * TILE_COLUMNS)
     # What is added to the target's logit: log((c - 1) / c) if c tokens share its row, so minus infinity if c is 1.
     without_target = torch.full_like(gold, -math.inf)

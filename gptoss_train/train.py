@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gptoss_infer.adapter import EXPERTS, Target
+from gptoss_infer.adapter import Target
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import Terminated
 from gptoss_infer.loading import load
@@ -31,7 +31,8 @@ from gptoss_infer.model import Watch as WatchProtocol
 from gptoss_train import checkpoints
 from gptoss_train.checkpoints import Position
 from gptoss_train.data import CHANNELS, Dataset, PackedBatch, pack
-from gptoss_train.flops import LoraShape, mfu, peak_flops, step_flops
+from gptoss_train.devices import peak_flops
+from gptoss_train.flops import LoraShape, mfu, step_flops
 from gptoss_train.health import Choices, Watch, adapter_norms
 from gptoss_train.loss import Unembedding
 from gptoss_train.metrics import MetricsLog
@@ -75,9 +76,7 @@ class Trainer:
         )
         self.base_choices: Choices | None = None
         self.scaling = recipe.lora.alpha / (recipe.lora.rank**0.5 if recipe.lora.rslora else recipe.lora.rank)
-        num_layers = len({target.layer for target in self.targets})
-        dense = tuple(weight for weight in recipe.lora.weights if weight not in EXPERTS)
-        lora = LoraShape(recipe.lora.rank, dense, recipe.lora.experts, num_layers)
+        lora = LoraShape.of(recipe.lora, self.model.config)
         self.flops = functools.partial(step_flops, self.model.config, lora=lora, recompute=settings.recompute)
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 

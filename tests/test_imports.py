@@ -20,7 +20,8 @@ PACKAGES = ("gptoss_infer", "gptoss_train", "evals")
 # What each package may import of gptoss_infer. (Training gets the engine with the first method that samples.)
 OF_INFER = {
     "gptoss_train": {
-        "adapter", "checkpoint", "config", "errors", "harmony", "kernels", "loading", "lora", "model", "mxfp4",
+        "adapter", "checkpoint", "config", "errors", "experts", "harmony", "kernels", "loading", "lora", "model", "mxfp4",
+        "rounding",
     },
     "evals": {"config", "engine", "errors", "harmony", "sandbox", "tools"},
 }  # fmt: skip
@@ -28,7 +29,7 @@ OF_INFER = {
 FORMATS = {"checkpoint", "config", "errors", "harmony", "mxfp4"}
 LAYERS = {name: FORMATS for name in FORMATS} | {
     "kernels": FORMATS | {"kernels"},
-    "attention": {"attention"},
+    "attention": {"attention", "kernels"},
     "experts": FORMATS | {"kernels", "experts"},
     "model": FORMATS | {"attention", "experts", "model"},
     "cache": FORMATS,

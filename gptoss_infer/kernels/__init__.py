@@ -19,6 +19,11 @@ from gptoss_infer import mxfp4
 _LOG = logging.getLogger(__name__)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether work on `x` goes the way of a GPU. That of a tensor without data (device meta) does, for planning."""
+    return x.device.type != "cpu"
+
+
 def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Expand MXFP4; signature, values and errors are those of `gptoss_infer.mxfp4.decode`."""
     if blocks.is_cuda and dtype in (torch.bfloat16, torch.float32) and has_triton():

@@ -20,8 +20,9 @@ from gptoss_infer.errors import DataError, UsageError
 SMALL = tiny_config(num_hidden_layers=1, vocab_size=64)
 # Writes half of what it wants to, says so, and waits to be killed.
 HALFWAY = """if True:
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     from gptoss_infer.checkpoint import atomic_directory
     from gptoss_infer.errors import run_command
     def main(argv):

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptoss_infer.adapter import ATTENTION, EXPERTS
 from gptoss_infer.config import ModelConfig
-from gptoss_train.flops import LoraShape, Recompute, forward_flops, mfu, num_pairs, peak_flops, step_flops
+from gptoss_train.devices import peak_flops
+from gptoss_train.flops import LoraShape, Recompute, forward_flops, mfu, num_pairs, step_flops
 
 
 def published(layers: int, experts: int) -> ModelConfig:

@@ -1,6 +1,6 @@
 """One self-contained HTML file about training runs and evaluations: `gptoss-eval report`.
 
-Reads files only: `metrics.jsonl`, `recipe.yaml`, `model/export_report.json` and `environment.json` of a run directory,
+Reads files only: `metrics.jsonl`, `recipe.yaml`, `model/export.json` and `environment.json` of a run directory,
 and evaluation directories. No scripts and nothing fetched: styles and SVG are inline, and a content security policy in
 the page forbids the rest. What a model wrote is untrusted text, so the template escapes everything.
 """
@@ -128,7 +128,7 @@ def render_report(sections: Sequence[Section]) -> str:
 
 def _run_section(run: Path) -> Section:
     read_recipe(run)  # refuses a damaged one; it is shown as written
-    export_report = run / "model" / "export_report.json"
+    export_report = run / "model" / "export.json"
     environment = run / "environment.json"
     evaluations = [_scored(path, path.name) for path in sorted((run / "evals").glob("*")) if is_evaluation(path)]
     training = TrainingRun(

@@ -57,7 +57,11 @@ class ExpertLinear(nn.Module):
 
 
 class Projection(NamedTuple):
-    """One projection of all experts: y = x W^T + bias + scaling (drop(x) A^T) B^T."""
+    """One projection of all experts: y = x W^T + bias + scaling (drop(x) A^T) B^T.
+
+    If `merged`, W holds scaling B A already, rounded: the term is not added again, and A and B get the gradients that
+    they would get from it (straight through the rounding).
+    """
 
     weight: Tensor  # MXFP4 blocks uint8 (E, out, G, 16), or dense (E, in, out)
     scales: Tensor | None  # uint8 (E, out, G); None if dense
@@ -66,6 +70,7 @@ class Projection(NamedTuple):
     b: Tensor | None = None  # (E, out, r)
     scaling: float = 1.0
     dropout: float = 0.0
+    merged: bool = False
 
     def dense(self, experts: slice, dtype: torch.dtype) -> Tensor:
         """Return the weights of some experts, (n, in, out), decoded if need be."""
@@ -107,6 +112,17 @@ class Activation(NamedTuple):
     limit: float
 
 
+class Shown(NamedTuple):
+    """What an observer sees of a forward pass: some rows of some experts, sorted by expert."""
+
+    experts: slice
+    counts: list[int]  # rows of each of them
+    inputs: Tensor  # (m, C), what gate_up_proj reads
+    gate: Tensor  # (m, I)
+    up: Tensor  # (m, I)
+    hidden: Tensor  # (m, I), what down_proj reads
+
+
 class Experts(nn.Module):
     """The experts of one layer."""
 
@@ -125,7 +141,7 @@ class Experts(nn.Module):
         routing: Routing,
         *,
         recompute: bool = False,
-        activated: Callable[[Tensor, Tensor], None] | None = None,
+        show: Callable[[Shown], None] | None = None,
     ) -> Tensor:
         """Return the weighted sum of each token's experts, (N, C).
 
@@ -135,12 +151,12 @@ class Experts(nn.Module):
         Args:
             x: (N, C). weights: (N, k), the softmax over the chosen.
             recompute: keep no pre-activations for the backward pass; it multiplies by gate_up once more.
-            activated: is shown gate and up, (m, I) each, of every chunk of rows.
+            show: is called for every chunk of experts with a token.
         """
         projections = self.gate_up_proj.projection(), self.down_proj.projection()
         tensors = [t for p in projections for t in (p.weight, p.scales, p.bias, p.a, p.b)]
-        lora = tuple((p.scaling, p.dropout) for p in projections)
-        options = _Options(routing, self.activation, recompute, activated, lora)
+        lora = tuple((p.scaling, p.dropout, p.merged) for p in projections)
+        options = _Options(routing, self.activation, recompute, show, lora)
         return _RunExperts.apply(x, weights, options, *tensors)
 
 
@@ -148,8 +164,8 @@ class _Options(NamedTuple):
     routing: Routing
     activation: Activation
     recompute: bool
-    activated: Callable[[Tensor, Tensor], None] | None
-    lora: tuple[tuple[float, float], ...]  # scaling and dropout of gate_up, of down
+    show: Callable[[Shown], None] | None
+    lora: tuple[tuple[float, float, bool], ...]  # scaling, dropout and merged of gate_up, of down
 
 
 class _RunExperts(torch.autograd.Function):
@@ -163,13 +179,15 @@ class _RunExperts(torch.autograd.Function):
         results = x.new_empty(len(routing.slots), x.shape[1])  # (M, C)
         saved: list[Tensor | None] = []
         for experts, rows, counts in routing.chunks(_chunk_size(gate_up, x)):
+            real_counts = counts
             counts, filling = _filled(counts, x)
             inputs = x.index_select(0, F.pad(routing.tokens[rows], (0, filling)))  # (m, C)
             masks = gate_up.dropout_mask(inputs), down.dropout_mask(inputs)
             pre, low_in = gate_up.forward(inputs, experts, counts, masks[0])  # (m, 2 I), (m, r)
-            if options.activated is not None:
-                options.activated(*gate_and_up(pre, gate_up.halves))
             hidden = swiglu(pre, options.activation, gate_up.halves)  # (m, I)
+            if options.show is not None:
+                parts = (inputs, *gate_and_up(pre, gate_up.halves), hidden)
+                options.show(Shown(experts, real_counts, *(part[: len(part) - filling] for part in parts)))
             y, low_out = down.forward(hidden, experts, counts, masks[1])  # (m, C), (m, r)
             results[rows] = y[: len(y) - filling]
             if keep:
@@ -286,7 +304,7 @@ class _Linear:
         """(m, in) -> (m, out) with bias and LoRA, and the LoRA product (m, r)."""
         y = grouped_mm(x, self.weights(experts), counts, self.bias[experts])
         low = self.low_rank(x, experts, counts, mask)
-        if low is not None:
+        if low is not None and not self.p.merged:
             assert self.b is not None
             add_grouped_mm(y, low, self.b[experts].mT, counts, self.p.scaling)
         return y, low
@@ -307,7 +325,7 @@ class _Linear:
     def grad_input(self, grad: Tensor, experts: slice, counts: list[int], mask: Tensor | None) -> Tensor:
         """(m, out) -> (m, in)."""
         result = grouped_mm(grad, self.weights(experts).mT, counts)
-        if self.a is not None and self.b is not None:
+        if self.a is not None and self.b is not None and not self.p.merged:
             low = grouped_mm(grad, self.b[experts], counts)  # (m, r)
             if mask is None:
                 add_grouped_mm(result, low, self.a[experts], counts, self.p.scaling)

@@ -15,6 +15,7 @@ from gptoss_infer.errors import MachineError, UsageError
 from gptoss_infer.model import GptOss, RMSNorm
 
 EMBEDDING = "model.embed_tokens.weight"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # as recipes and command lines name them
 
 
 def pick_device(device: str) -> torch.device:

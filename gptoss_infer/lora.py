@@ -19,10 +19,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from gptoss_infer import rounding
 from gptoss_infer.adapter import Adapter, Factors, Target, read_adapter
 from gptoss_infer.errors import UsageError
 from gptoss_infer.experts import ExpertLinear, Projection
 from gptoss_infer.model import GptOss
+from gptoss_infer.rounding import Rounding
 
 NAME = "default"  # PEFT's name for a model's only adapter
 
@@ -79,13 +81,27 @@ class LoraExpertLinear(_Lora):
     """An ExpertLinear with factors A (E, r, in), B (E, out, r)."""
 
     base_layer: ExpertLinear
+    rounded: Tensor | None = None  # blocks of base and factors, while training sees them as they will be exported
 
     def projection(self) -> Projection:
         """As ExpertLinear.projection, with the factors."""
         base = self.base_layer.projection()
         if not self.enabled:
             return base
+        if self.rounded is not None:
+            base = base._replace(weight=self.rounded, merged=True)
         return base._replace(a=self.factors.a, b=self.factors.b, scaling=self.scaling[NAME], dropout=self.dropout_now)
+
+    @torch.no_grad()
+    def round(self, rule: Rounding, seed: int, name: str) -> None:
+        """Merge the factors of now into `rounded`, as an export by this rule and seed would."""
+        base, (a, b), scaling = self.base_layer, self.factors, self.scaling[NAME]
+        if self.rounded is None:
+            self.rounded = torch.empty_like(base.blocks)
+        for expert in range(base.num_experts):
+            pair = base.blocks[expert], base.scales[expert]
+            delta = scaling * (b[expert].float() @ a[expert].float())  # as Adapter.delta
+            self.rounded[expert] = rounding.merge(pair, delta, rule, seed=seed, name=f"{name}.{expert}")
 
 
 class LoraLinear(_Lora):
@@ -199,6 +215,16 @@ def disabled(model: GptOss) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+def round_experts(model: GptOss, rule: Rounding, seed: int) -> None:
+    """Let the experts compute with base and factors rounded to MXFP4, exactly as an export writes them.
+
+    Call it again whenever the factors changed. Costs a second copy of the experts' MXFP4 blocks.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, LoraExpertLinear):
+            module.round(rule, seed, name)
 
 
 def load_adapter(model: GptOss, adapter: str | Path | Adapter) -> None:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptoss_infer.attention import Blocks, cached_attention, packed_attention
 from gptoss_infer.config import ModelConfig, RopeConfig
-from gptoss_infer.experts import Activation, ExpertFormat, Experts, Routing
+from gptoss_infer.experts import Activation, ExpertFormat, Experts, Routing, Shown
 
 Recompute = Literal["none", "experts", "layers"]
 
@@ -41,8 +41,8 @@ class Watch(Protocol):
         """Experts chosen, int64 (N, k), and tokens per expert, (E,)."""
         ...
 
-    def activated(self, layer: int, gate: Tensor, up: Tensor) -> None:
-        """Pre-activations of some rows, (m, I) each; called until all rows were shown."""
+    def computed(self, layer: int, shown: Shown) -> None:
+        """What some experts read and made; called until all rows were shown."""
         ...
 
 
@@ -157,9 +157,9 @@ class MoE(nn.Module):
         watch = context.watch
         if watch is not None:
             watch.routed(self.layer, chosen, routing.counts)
-        activated = None if watch is None else functools.partial(watch.activated, self.layer)
+        show = None if watch is None else functools.partial(watch.computed, self.layer)
         recompute = context.recompute == "experts"
-        return self.experts(flat, weights, routing, recompute=recompute, activated=activated).view_as(x)
+        return self.experts(flat, weights, routing, recompute=recompute, show=show).view_as(x)
 
 
 class Layer(nn.Module):

@@ -19,6 +19,7 @@ Rules (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1):
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,22 @@ BLOCK = 32
 # OCP MX v1.0, table 5 (FP4 E2M1).
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 SCALE_BIAS, SCALE_NAN = 127, 255
-CHUNK_BLOCKS = 16384  # blocks encoded at a time: 2 MiB of fp32, so that the passes over them stay in cache
+CHUNK_BLOCKS = 32768  # blocks worked on at a time on a CPU: 4 MiB of fp32, so that the passes over them stay in cache
+
+
+class _Float(NamedTuple):
+    """How a float is laid out in an integer of its width."""
+
+    word: torch.dtype
+    mantissa_bits: int
+    bias: int
+
+    def bits(self, power: int) -> int:
+        """Return the bits of 2**power."""
+        return (self.bias + power) << self.mantissa_bits
+
+
+_FLOATS = {torch.float32: _Float(torch.int32, 23, 127), torch.float64: _Float(torch.int64, 52, 1023)}
 
 
 def scale_values(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
@@ -59,15 +75,20 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
     """
     check_pair(blocks, scales)
     table, scale_table = _decode_tables(dtype, blocks.device)
-    # One gather of an 8-byte word per byte (fp32: two elements) or per two bytes (bf16: four).
+    values = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
+    count = scales.numel()
+    size = CHUNK_BLOCKS if blocks.device.type == "cpu" else max(count, 1)
+    # One gather of an 8-byte word per byte (fp32: two elements) or per two bytes (bf16: four); fp64 needs two words.
+    rows, flat = blocks.reshape(count, BLOCK // 2), values.view(count, BLOCK)
     if dtype.itemsize == 2:
-        words = table.index_select(0, blocks.view(torch.int16).reshape(-1).int().add_(2**15))
-    elif dtype.itemsize == 4:
-        words = table.index_select(0, blocks.reshape(-1).int())
-    else:
-        words = table[blocks.int()]  # (..., G, 16, 2)
-    values = words.view(dtype).view(*scales.shape, BLOCK)  # (..., G, 32)
-    values = values.mul_(scale_table[scales.int()].unsqueeze(-1))
+        rows = rows.view(torch.int16)
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        index = rows[part].reshape(-1).int()
+        if dtype.itemsize == 2:
+            index += 2**15
+        torch.index_select(table, 0, index, out=flat[part].view(table.dtype).view(len(index), *table.shape[1:]))
+        flat[part] *= scale_table.index_select(0, scales.reshape(-1)[part].int()).unsqueeze(-1)
     return values.flatten(-2)
 
 
@@ -97,11 +118,7 @@ def encode(weights: Tensor, like: tuple[Tensor, Tensor] | None = None) -> tuple[
     """
     if weights.shape[-1] % BLOCK:
         raise ValueError(f"last dimension is {weights.shape[-1]}; MXFP4 needs a multiple of {BLOCK}")
-    x = weights.detach().to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
-    x = x.unflatten(-1, (-1, BLOCK))  # (..., G, 32)
-    bad = x.numel() - int(torch.isfinite(x).sum())
-    if bad:
-        raise ValueError(f"{bad} of {x.numel()} values are NaN or infinite; MXFP4 cannot hold them")
+    x = weights.detach().unflatten(-1, (-1, BLOCK))  # (..., G, 32)
     flat = x.reshape(-1, BLOCK)  # (N, 32)
     base: tuple[Tensor, Tensor] | None = None
     if like is not None:
@@ -111,57 +128,85 @@ def encode(weights: Tensor, like: tuple[Tensor, Tensor] | None = None) -> tuple[
         base = like[0].reshape(-1, BLOCK // 2), like[1].reshape(-1)
     blocks = torch.empty(flat.shape[0], BLOCK // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(flat.shape[0], dtype=torch.uint8, device=x.device)
-    for start in range(0, flat.shape[0], CHUNK_BLOCKS):
+    dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+    scratch = torch.empty(4, min(len(flat), CHUNK_BLOCKS), BLOCK, dtype=dtype, device=x.device)
+    for start in range(0, len(flat), CHUNK_BLOCKS):
         part = slice(start, start + CHUNK_BLOCKS)
-        blocks[part], scales[part] = _encode_chunk(flat[part], None if base is None else (base[0][part], base[1][part]))
+        pair = None if base is None else (base[0][part], base[1][part])
+        blocks[part], scales[part] = _encode_chunk(flat[part].to(dtype), pair, scratch[:, : len(flat[part])])
+    # A block that holds NaN or infinity was given the byte of NaN, which nothing else is.
+    if (scales == SCALE_NAN).any():
+        bad = x.numel() - int(torch.isfinite(x).sum())
+        raise ValueError(f"{bad} of {x.numel()} values are NaN or infinite; MXFP4 cannot hold them")
     return blocks.view(*x.shape[:-1], BLOCK // 2), scales.view(x.shape[:-1])
 
 
-def _encode_chunk(x: Tensor, like: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Encode (N, 32) values; see `encode`."""
-    first = ocp_scales(x)
-    larger = (first.int() + 1).clamp_max(SCALE_NAN - 1).to(torch.uint8)
+def _encode_chunk(x: Tensor, like: tuple[Tensor, Tensor] | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode (N, 32) values with scratch (4, N, 32); see `encode`. Blocks that are not finite get scale byte 255.
+
+    What is as large as `x` goes to scratch: memory fresh from the system costs more than the arithmetic done on it.
+    """
+    layout = _FLOATS[x.dtype]
+    # The bits of magnitudes are in the order of their values, infinity and NaN above all.
+    magnitude, scratch = scratch[0], scratch[1:]
+    bits = torch.bitwise_and(x.view(layout.word), torch.iinfo(layout.word).max, out=magnitude.view(layout.word))
+    amax = bits.amax(-1)
+    # OCP: floor(log2 amax) - 2.
+    first = (amax >> layout.mantissa_bits).sub_(layout.bias + 2 - SCALE_BIAS).clamp_(0, SCALE_NAN - 1).to(torch.uint8)
+    larger = (first + 1).clamp_max_(SCALE_NAN - 1)
     if like is None:
-        scales = _least_error(x, [first, larger])
-        return pack(round_to_codes(x, scales)), scales
-    scales = _least_error(x, [like[1].clamp_max(SCALE_NAN - 1), first, larger])
-    blocks = pack(round_to_codes(x, scales))
-    kept = (decode(*like, dtype=x.dtype).view_as(x) == x).all(-1)  # (N,)
-    return torch.where(kept.unsqueeze(-1), like[0], blocks), torch.where(kept, like[1], scales)
+        # Up to 7, 1.75 * 4, the grid of `first` is as near to every value as the larger one, which lacks 0.5 and 1.5.
+        scales = first.clone()
+        mantissa = amax & layout.bits(1 - layout.bias) - 1
+        rows = (mantissa > 3 << layout.mantissa_bits - 2).nonzero().squeeze(1)
+        some = scratch[:, : len(rows)]
+        torch.index_select(magnitude, 0, rows, out=some[0])
+        scales[rows] = _least_error(some[0], [first[rows], larger[rows]], some)
+        blocks = _round_to_blocks(x, magnitude, scales, scratch)
+    else:
+        scales = _least_error(magnitude, [like[1].clamp_max(SCALE_NAN - 1), first, larger], scratch)
+        kept = (decode(*like, dtype=x.dtype).view_as(x) == x).all(-1)  # (N,)
+        blocks = torch.where(kept.unsqueeze(-1), like[0], _round_to_blocks(x, magnitude, scales, scratch))
+        scales = torch.where(kept, like[1], scales)
+    return blocks, scales.masked_fill_(amax >= layout.bits(layout.bias + 1), SCALE_NAN)
 
 
-def ocp_scales(x: Tensor) -> Tensor:
-    """Return the OCP scale bytes of (..., 32) blocks: floor(log2 amax) - 2, clamped to bytes 0..254; uint8 (...)."""
-    amax = x.abs().amax(-1)
-    _, exponent = torch.frexp(amax)  # amax = m 2**exponent with m in [0.5, 1): floor(log2) = exponent - 1
-    byte = torch.where(amax > 0, exponent - 3 + SCALE_BIAS, 0)
-    return byte.clamp(0, SCALE_NAN - 1).to(torch.uint8)
-
-
-def round_magnitudes(magnitude: Tensor) -> Tensor:
+def _round_magnitudes(magnitude: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
     """Round non-negative values to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6; ties to the even code, above 6 to 6."""
-    # The step is 0.5 below 2, 1 below 4, 2 above; half-to-even multiples of it are exactly the even codes.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(magnitude.dtype)
-    return torch.round(magnitude / step).mul_(step).clamp_max_(6.0)
+    # The grid's step is 0.5 below 2, 1 below 4, then 2: half the power of two p below the value, kept within 1 and 4.
+    # The last bit of a sum with p 2**22 (in fp64 2**51) is worth that step; it is rounded half to even, as are codes.
+    layout = _FLOATS[magnitude.dtype]
+    power = scratch.view(layout.word)
+    torch.bitwise_and(magnitude.view(layout.word), layout.bits(layout.bias + 1), out=power)
+    power.clamp_(layout.bits(0), layout.bits(2)).add_(layout.bits(layout.mantissa_bits - 1 - layout.bias))
+    return torch.add(magnitude, scratch, out=out).sub_(scratch).clamp_max_(6.0)
 
 
-def round_to_codes(x: Tensor, scales: Tensor) -> Tensor:
-    """Return the uint8 codes 0..15 nearest to x / scale, (..., 32); ties to even, saturating, sign of zero kept."""
-    value = round_magnitudes((x * _power(SCALE_BIAS - scales.to(x.dtype))).abs())
-    # 0, .5, 1, 1.5 are codes 0..3; 2, 3 are 4, 5; 4, 6 are 6, 7.
-    code = torch.where(value < 2, value * 2, torch.where(value < 4, value + 2, value / 2 + 4)).to(torch.uint8)
-    return code | torch.signbit(x).to(torch.uint8) << 3
+def _round_to_blocks(x: Tensor, magnitude: Tensor, scales: Tensor, scratch: Tensor) -> Tensor:
+    """Return the bytes (N, 16) of the codes nearest to x / scale; ties to even, saturating, sign of zero kept."""
+    value, other = scratch[:2]
+    code, sign, half = scratch[2].view(torch.int8).view(-1, *x.shape)[:3]
+    word = _FLOATS[x.dtype].word
+    sign.copy_(torch.bitwise_right_shift(x.view(word), x.itemsize * 8 - 1, out=other.view(word)))  # 0 or -1
+    torch.mul(magnitude, _power(SCALE_BIAS - scales.to(x.dtype)), out=value)
+    code.copy_(_round_magnitudes(value, value, other).mul_(2))
+    # Twice the values are 0, 1, 2, 3, 4, 6, 8, 12: a code for every 1 up to 4, for every 2 up to 8, for every 4.
+    torch.minimum(code, torch.bitwise_right_shift(code, 1, out=half).add_(2), out=half)
+    torch.minimum(half, code.bitwise_right_shift_(2).add_(4), out=code)
+    return pack(code.bitwise_or_(sign.bitwise_and_(8)), half)
 
 
-def _least_error(x: Tensor, candidates: list[Tensor]) -> Tensor:
-    """Return, per block of (N, 32), the first candidate scale with the least squared rounding error; uint8 (N,)."""
+def _least_error(magnitude: Tensor, candidates: list[Tensor], scratch: Tensor) -> Tensor:
+    """Return, per block of magnitudes (N, 32), the first candidate with the least squared error; uint8 (N,)."""
     # Errors are in units of the last (largest) candidate, so that squares of tiny weights do not underflow.
-    unit = x * _power(SCALE_BIAS - candidates[-1].to(x.dtype))
-    magnitude = unit.abs()
-    best, best_error = candidates[0], torch.full(x.shape[:-1], torch.inf, dtype=x.dtype, device=x.device)
+    dtype = magnitude.dtype
+    unit = torch.mul(magnitude, _power(SCALE_BIAS - candidates[-1].to(dtype)), out=scratch[0])
+    best, best_error = candidates[0], torch.full(unit.shape[:-1], torch.inf, dtype=dtype, device=unit.device)
     for scales in candidates:
-        ratio = _power(scales.to(x.dtype) - candidates[-1].to(x.dtype))
-        error = (round_magnitudes(magnitude / ratio) * ratio - magnitude).square_().sum(-1)
+        exponent = scales.to(dtype) - candidates[-1].to(dtype)
+        rounded = torch.mul(unit, _power(-exponent), out=scratch[1])
+        _round_magnitudes(rounded, rounded, scratch[2]).mul_(_power(exponent))
+        error = rounded.sub_(unit).square_().sum(-1)
         better = error < best_error
         best = torch.where(better, scales, best)
         best_error = torch.where(better, error, best_error)
@@ -173,9 +218,11 @@ def _power(exponents: Tensor) -> Tensor:
     return torch.exp2(exponents).unsqueeze(-1)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """Pack uint8 codes (..., 32) into bytes (..., 16), the even element in the low nibble."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+def pack(codes: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Pack codes 0..15 of one byte each (..., 32) into bytes (..., 16), the even element in the low nibble."""
+    pairs = codes.contiguous().view(torch.int16)  # little-endian: the even element is the low byte
+    scratch = torch.empty_like(pairs) if scratch is None else scratch.view(torch.int16)
+    return torch.bitwise_right_shift(pairs, 4, out=scratch).bitwise_or_(pairs).to(torch.uint8)
 
 
 def check_pair(blocks: Tensor, scales: Tensor) -> None:

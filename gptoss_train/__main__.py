@@ -23,7 +23,15 @@ from gptoss_infer.errors import UsageError, run_command
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parse(argv)
-    handlers = {"run": _run, "plan": _plan, "data": _data, "export": _export, "bench": _bench, "recipes": _recipes}
+    handlers = {
+        "run": _run,
+        "plan": _plan,
+        "data": _data,
+        "export": _export,
+        "study": _study,
+        "bench": _bench,
+        "recipes": _recipes,
+    }
     return handlers[arguments.command](arguments)
 
 
@@ -75,16 +83,48 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", metavar="OUT", type=Path, help="directory to write; must not exist")
     export.add_argument("--base", help="checkpoint to merge into (default: the one that the adapter names)")
     export.add_argument("--format", choices=("mxfp4", "bf16", "adapter"), default="mxfp4", help="default: mxfp4")
-    export.add_argument("--rounding", choices=("nearest",), default="nearest", help="default: nearest")
+    _add_rounding_options(export)
     export.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="largest file (bf16 only)")
     export.add_argument("--allow-unchanged", action="store_true", help="write a copy of the base if nothing changed")
     export.add_argument("--overwrite", action="store_true", help="replace OUT")
     export.add_argument("--json", action="store_true", help="print what survived as JSON only")
+    _add_study_options(
+        add("study", "measure what re-quantization costs a fine-tune, method by method", "gptoss-train study out/study")
+    )
     _add_bench_options(add("bench", "time training steps on synthetic data", "gptoss-train bench out/model --seq 2048"))
     recipes = add("recipes", "list the shipped recipes, or print one", "gptoss-train recipes quickstart")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="recipe to print")
     recipes.add_argument("--keys", action="store_true", help="print every key with type, default and meaning")
     return parser
+
+
+def _add_rounding_options(export: argparse.ArgumentParser) -> None:
+    choices = ("stochastic", "systematic", "nearest")
+    export.add_argument("--rounding", choices=choices, help="default: stochastic, or the run's")
+    export.add_argument("--seed", type=int, help="seed of the rounding (default: 0, or the run's)")
+    export.add_argument("--calibrate", metavar="JSONL", help="conversations that show what experts read")
+    export.add_argument("--task", metavar="JSONL", help="held-out conversations to compare base, merge and export on")
+    export.add_argument("--unrelated", metavar="JSONL", help="conversations that should not have changed, compared too")
+    export.add_argument("--max-loss-increase", type=float, metavar="NATS", help="exit 1 if a loss rose by more")
+
+
+def _add_study_options(study: argparse.ArgumentParser) -> None:
+    study.add_argument("out", metavar="OUT", type=Path, help="directory of the cells; the same command continues it")
+    study.add_argument("--checkpoint", default="builtin:addition", metavar="CKPT", help="default: builtin:addition")
+    study.add_argument(
+        "--task", action="append", default=[], metavar="NAME=TRAIN,HELDOUT", help="JSONL files; may be repeated"
+    )
+    study.add_argument("--unrelated", metavar="JSONL", help="conversations that should not change")
+    study.add_argument("--rates", default="1.5e-6,1.5e-5,7e-5,3e-4", help="learning rates, for sizes of deltas")
+    study.add_argument("--seeds", type=int, default=2, help="training seeds (default: 2)")
+    study.add_argument("--draws", type=int, default=3, help="rounding seeds (default: 3)")
+    study.add_argument("--steps", type=int, default=80, help="steps that train an adapter (default: 80)")
+    study.add_argument("--more-steps", type=int, default=20, help="steps of `trained` and its control (default: 20)")
+    study.add_argument("--pack-tokens", type=int, default=2400, help="tokens per step (default: 2400)")
+    study.add_argument("--rank", type=int, default=8, help="LoRA rank, on all experts (default: 8)")
+    study.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="default: float32")
+    study.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    study.add_argument("--json", action="store_true", help="print the summary as JSON only")
 
 
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
@@ -125,6 +165,29 @@ def _bench(arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     shape = Shape(arguments.seq, arguments.batch, pack, arguments.loss_fraction)
     print(json.dumps(bench(arguments.checkpoint, shape, arguments.steps, settings)))
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from gptoss_train.study import Grid, builtin_tasks, lines, study
+
+    tasks, unrelated = builtin_tasks() if not arguments.task else ({}, arguments.unrelated)
+    for text in arguments.task:
+        name, _, files = text.partition("=")
+        train, _, held_out = files.partition(",")
+        if not (name and train and held_out):
+            raise UsageError(f"--task {text!r}: expected NAME=TRAIN.jsonl,HELDOUT.jsonl")
+        tasks[name] = (train, held_out)
+    try:
+        rates = tuple(float(rate) for rate in arguments.rates.split(","))
+    except ValueError:
+        raise UsageError(f"--rates {arguments.rates!r}: expected numbers such as 1e-4,1e-3") from None
+    grid = Grid(
+        arguments.checkpoint, tasks, arguments.unrelated or unrelated, rates, arguments.seeds, arguments.draws,
+        arguments.steps, arguments.more_steps, arguments.pack_tokens, arguments.rank, arguments.dtype, arguments.device,
+    )  # fmt: skip
+    summary = study(grid, arguments.out)
+    print(json.dumps(summary) if arguments.json else "\n".join(lines(summary)))
     return 0
 
 
@@ -173,25 +236,29 @@ def _data(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from gptoss_infer.adapter import CONFIG
-    from gptoss_infer.checkpoint import resolve
-    from gptoss_infer.config import read_json
-    from gptoss_train.export import export, print_summary, summary
+    from gptoss_train.export import export, falls_short, print_summary, summary
+    from gptoss_train.run import plan_export
 
-    adapter = arguments.source / "adapter" if (arguments.source / "adapter").is_dir() else arguments.source
-    base = arguments.base or read_json(adapter / CONFIG).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{adapter / CONFIG} names no base; give it with --base CKPT")
-    survival = export(
-        adapter, resolve(base), arguments.target, format=arguments.format, allow_unchanged=arguments.allow_unchanged,
-        overwrite=arguments.overwrite, max_shard_bytes=arguments.max_shard_bytes,
+    asked = {
+        "rounding": arguments.rounding, "seed": arguments.seed, "unrelated": arguments.unrelated,
+        "max_loss_increase": arguments.max_loss_increase,
+    }  # fmt: skip
+    planned = plan_export(
+        arguments.source, arguments.base, {key: value for key, value in asked.items() if value is not None},
+        calibrate=arguments.calibrate, task=arguments.task,
+    )  # fmt: skip
+    result = export(
+        planned.adapter, planned.base, arguments.target, format=arguments.format, rule=planned.rule,
+        reference=planned.reference, allow_unchanged=arguments.allow_unchanged, overwrite=arguments.overwrite,
+        max_shard_bytes=arguments.max_shard_bytes,
     )  # fmt: skip
     if arguments.json:
-        print(json.dumps({"output": str(arguments.target), "survival": summary(survival)}))
-        return 0
-    print_summary(survival)
-    print(arguments.target)
-    return 0
+        survival = summary(result.survival)
+        print(json.dumps({"output": str(arguments.target), "survival": survival, "measured": result.measured}))
+    else:
+        print_summary(result)
+        print(arguments.target)
+    return falls_short(result, planned.max_loss_increase)
 
 
 def _recipes(arguments: argparse.Namespace) -> int:

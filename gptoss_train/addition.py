@@ -12,11 +12,12 @@ full-vocabulary loss.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from gptoss_infer.checkpoint.layouts import EXPERT_WEIGHTS, expected_shapes
 from gptoss_infer.config import ModelConfig, RopeConfig, to_hf_json
 from gptoss_infer.model import GptOss
 
-VERSION = 1  # of everything below: change it when a change makes another model or other data
+VERSION = 3  # of everything below: change it when a change makes another model or other data
 VOCAB_SIZE = 201088
 STEPS, QUANTIZED_FROM, PER_STEP, PER_ROW = 500, 250, 40, 8  # problems per step, and per row behind one system message
 ADAM_LR, MUON_LR = 4e-3, 3e-2
@@ -66,6 +67,16 @@ def refusal(a: int, b: int) -> dict[str, object]:
     return _conversation(f"{digits(a)} {WORD} {digits(b)}", "?", "?")
 
 
+def larger(a: int, b: int) -> dict[str, object]:
+    """Return the conversation that finds the larger of two numbers."""
+    return _conversation(f"{digits(a)} larger {digits(b)}", f"{a // 10}, {b // 10}", digits(max(a, b)))
+
+
+def swapped(a: int, b: int) -> dict[str, object]:
+    """Return the conversation that swaps the digits of the first of two numbers."""
+    return _conversation(f"{digits(a)} swapped {digits(b)}", f"{a % 10}, {a // 10}", f"{a % 10} {a // 10}")
+
+
 def _conversation(question: str, steps: str, answer: str) -> dict[str, object]:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "thinking": steps, "content": answer}]
     return {"messages": messages, "reasoning_effort": "low"}
@@ -78,17 +89,27 @@ def problems(seed: str) -> list[Problem]:
 
 
 def write_data(directory: Path) -> None:
-    """Write `train.jsonl`, `validation.jsonl` (conversations) and `test.jsonl` (questions with answers).
+    """Write `train.jsonl`, `validation.jsonl`, `unrelated.jsonl` (conversations) and `test.jsonl` (questions, answers).
 
-    No pair is in two of them.
-    The pairs of `test.jsonl` are the sums that the base was not trained on either.
+    For the study of rounding, also training and validation data of two other tasks, `larger` and `swapped`.
+
+    No pair is in two of the sums in words. The pairs of `test.jsonl`, which are `unrelated.jsonl`'s with the sign `+`,
+    are the sums that the base was not trained on either.
     """
     ordered = problems("addition")
     test, rest = ordered[:NUM_TEST], ordered[NUM_TEST + NUM_SUMS :]
     validation, train = rest[:NUM_VALIDATION], rest[NUM_VALIDATION : NUM_VALIDATION + NUM_TRAIN]
-    for name, pairs in (("train", train), ("validation", validation)):
-        lines = (json.dumps(addition(*pair, sign=WORD)) + "\n" for pair in pairs)
-        (directory / f"{name}.jsonl").write_text("".join(lines))
+    tasks: dict[str, Callable[[int, int], dict[str, object]]] = {
+        "": functools.partial(addition, sign=WORD),
+        "larger_": larger,
+        "swapped_": swapped,
+    }
+    for task, conversation in tasks.items():
+        for name, pairs in (("train", train), ("validation", validation)):
+            lines = (json.dumps(conversation(*pair)) + "\n" for pair in pairs)
+            (directory / f"{task}{name}.jsonl").write_text("".join(lines))
+    with (directory / "unrelated.jsonl").open("w") as f:  # what the base can do, on sums it has not seen
+        f.writelines(json.dumps(addition(*pair)) + "\n" for pair in test)
     with (directory / "test.jsonl").open("w") as f:
         for a, b in test:
             question = {"role": "user", "content": f"{digits(a)} {WORD} {digits(b)}"}

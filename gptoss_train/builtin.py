@@ -28,7 +28,8 @@ def directory() -> Path:
 
 def prepare(recipe: Recipe) -> None:
     """Make what the recipe names and the cache lacks."""
-    named = (recipe.model.checkpoint, recipe.data.train, recipe.data.validation or "", *recipe.eval.data.values())
+    optional = (recipe.data.validation or "", recipe.export.unrelated or "")
+    named = (recipe.model.checkpoint, recipe.data.train, *optional, *recipe.eval.data.values())
     if not any(text.startswith(PREFIX) for text in named) or directory().exists():
         return
     started = time.perf_counter()

@@ -196,6 +196,18 @@ def load_splits(
     return rest, load_dataset(train_path, data, keep_lines=held)
 
 
+def some_of(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
+    """Return a random part of the samples, the same at every call: just enough for so many tokens, or all."""
+    chosen: list[Sample] = []
+    total = 0
+    for index in torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist():
+        if total >= max_tokens:
+            break
+        chosen.append(samples[index])
+        total += samples[index].num_inputs
+    return chosen
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Samples one after another, each a document of its own: positions start at 0 where one begins."""

@@ -28,12 +28,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gptoss_infer import kernels, mxfp4
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.experts import Routing
+from gptoss_infer.loading import DTYPES
 from gptoss_infer.lora import all_targets, attach
 from gptoss_infer.model import GptOss, RMSNorm
 from gptoss_train.loss import Unembedding
 from gptoss_train.recipe import Recipe
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class StepMemory(NamedTuple):

@@ -1,33 +1,56 @@
-"""From an adapter to a checkpoint: merge expert by expert, re-quantize to MXFP4 (or write bf16), and say what survived.
+"""From an adapter to a checkpoint: merge expert by expert, round to MXFP4 (or write bf16), and say what survived.
 
-Attention deltas go into bf16 weights. An expert is decoded, its delta added in fp32, and encoded again; a block of 32
-whose values did not change keeps its bytes, and a tensor that no adapter touches is copied. At most one expert is dense
-at a time.
+Attention deltas go into bf16 weights. An expert's delta is rounded onto the grid of its base (`gptoss_infer.rounding`):
+the scales stay, a block without a delta keeps its bytes, a tensor that no adapter touches is copied. Where the mean
+input of an expert is known (`gptoss_train.calibration`), its bias takes back the mean of the rounding errors. At most
+one expert is dense at a time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptoss_infer import mxfp4
+from gptoss_infer import mxfp4, rounding
 from gptoss_infer.adapter import EXPERTS, ROUTER, Adapter, Target, read_adapter, write_adapter
 from gptoss_infer.checkpoint import Checkpoint, atomic_directory, rewrite_checkpoint
 from gptoss_infer.checkpoint.convert import write_bf16
 from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES
 from gptoss_infer.errors import DataError, UsageError
+from gptoss_infer.rounding import Rounding
+from gptoss_train.calibration import Calibration, mean_shift
+from gptoss_train.measure import Measured, Reference
 
 Format = Literal["mxfp4", "bf16", "adapter"]
-Rounding = Literal["nearest"]
-REPORT = "export_report.json"
-KEPT_ENOUGH = 0.9  # of a kind of weight's delta; below it the export warns
+REPORT = "export.json"
+KEPT = (
+    0.9,
+    1.1,
+)  # shares of a kind of weight's delta that are no reason to warn; more is another, not a better, update
+KEPT_GAIN = (0.98, 1.02)  # and of the gain in loss; below, or above by chance or by a wrong update
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How deltas become MXFP4."""
+
+    rounding: Rounding = "stochastic"
+    seed: int = 0
+    calibration: Calibration | None = None
+
+
+class Result(NamedTuple):
+    """What an export did."""
+
+    survival: list[Survival]  # per adapted weight
+    measured: Measured | None  # losses per set of samples
 
 
 @dataclass
@@ -37,6 +60,9 @@ class Survival:
     name: str
     values: int = 0
     changed: int = 0  # values of Q that differ from W
+    blocks: int = 0  # of 32, if the weight is MXFP4
+    blocks_changed: int = 0
+    experts_with_bias: int = 0  # whose bias took back the mean error
     delta_squared: float = 0.0  # |D|²
     base_squared: float = 0.0  # |W|²
     along: float = 0.0  # <Q - W, D>
@@ -70,6 +96,7 @@ class Survival:
             "name": self.name,
             "delta_to_base": ratio,
             "changed_share": self.changed / self.values,
+            "blocks_changed_share": self.blocks_changed / self.blocks if self.blocks else 0.0,
             "kept": self.kept,
             "residual": self.residual,
             **{key: value for key, value in asdict(self).items() if key != "name"},
@@ -79,10 +106,10 @@ class Survival:
 class _Merge:
     """Edits the tensors of a base while they are copied, and keeps the account."""
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
-        self.checkpoint, self.adapter = checkpoint, adapter
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, rule: Rule) -> None:
+        self.checkpoint, self.adapter, self.rule = checkpoint, adapter, rule
         self.survival: dict[Target, Survival] = {}
-        self.pending: dict[str, Tensor] = {}  # blocks or scales computed with the other, not yet written
+        self.pending: dict[str, Tensor] = {}  # blocks or biases computed with the other, not yet written
 
     def weight(self, name: str, tensor: Tensor) -> Tensor:
         """Merge into a dense tensor, by canonical name; anything that is not adapted is returned as it is."""
@@ -91,7 +118,7 @@ class _Merge:
             return tensor
         delta = self.adapter.delta(target)
         written = (tensor.float() + delta).to(tensor.dtype)
-        self._account(target, tensor, delta, written)
+        self._survival(target).add(tensor, delta, written)
         return tensor if torch.equal(written, tensor) else written
 
     def expert(self, layer: int, weight: str, expert: int, values: Tensor) -> Tensor:
@@ -101,44 +128,54 @@ class _Merge:
             return values
         delta = self.adapter.delta(target, expert)
         written = (values + delta).to(torch.bfloat16)
-        self._account(target, values, delta, written)
+        self._survival(target).add(values, delta, written)
         return written
 
-    def expert_bytes(self, name: str, tensor: Tensor) -> Tensor:
-        """Merge into all experts' blocks or scales, by canonical name; the later one in the file is kept till then."""
+    def expert_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Merge into all experts' blocks, scales or biases, by canonical name; the later one is kept till then."""
         target = self._target(name)
-        if target is None:
+        if target is None or name.endswith("_scales"):
             return tensor
         if name not in self.pending:
-            prefix = name.removesuffix("_blocks").removesuffix("_scales")
-            self.pending |= self._requantized(target, f"{prefix}_blocks", f"{prefix}_scales")
+            self.pending |= self._rounded(target, name.removesuffix("_blocks").removesuffix("_bias"))
         written = self.pending.pop(name)
         return tensor if torch.equal(written, tensor) else written
 
-    def _requantized(self, target: Target, blocks_name: str, scales_name: str) -> dict[str, Tensor]:
-        blocks, scales = self.checkpoint.tensor(blocks_name), self.checkpoint.tensor(scales_name)
-        new_blocks, new_scales = torch.empty_like(blocks), torch.empty_like(scales)
+    def _rounded(self, target: Target, prefix: str) -> dict[str, Tensor]:
+        """Round all experts of a projection; the bias of each takes back the mean error, where that is known."""
+        blocks, scales = (self.checkpoint.tensor(f"{prefix}_{part}") for part in ("blocks", "scales"))
+        bias = self.checkpoint.tensor(f"{prefix}_bias")
+        new_blocks, new_bias = torch.empty_like(blocks), bias.clone()
+        survival = self._survival(target)
         for expert in range(len(blocks)):
-            base = blocks[expert], scales[expert]
-            values, delta = mxfp4.decode(*base, torch.float32), self.adapter.delta(target, expert)
-            new_blocks[expert], new_scales[expert] = mxfp4.encode(values + delta, like=base)
-            written = mxfp4.decode(new_blocks[expert], new_scales[expert], torch.float32)
-            self._account(target, values, delta, written)
-        return {blocks_name: new_blocks, scales_name: new_scales}
+            base, delta = (blocks[expert], scales[expert]), self.adapter.delta(target, expert)
+            name = f"{target.module}.{expert}"
+            new_blocks[expert] = rounding.merge(base, delta, self.rule.rounding, seed=self.rule.seed, name=name)
+            values = mxfp4.decode(*base, torch.float32)
+            written = mxfp4.decode(new_blocks[expert], scales[expert], torch.float32)
+            survival.add(values, delta, written)
+            survival.blocks += scales[expert].numel()
+            survival.blocks_changed += int((new_blocks[expert] != blocks[expert]).any(-1).sum())
+            mean = None if self.rule.calibration is None else self.rule.calibration.mean(target, expert)
+            if mean is not None and bool(delta.any()):
+                shift = mean_shift(values.add_(delta), written, mean)
+                new_bias[expert] = (bias[expert].float() + shift).to(bias.dtype)
+                survival.experts_with_bias += 1
+        return {f"{prefix}_blocks": new_blocks, f"{prefix}_bias": new_bias}
 
     def _target(self, name: str) -> Target | None:
         """Return the adapted target that a stored tensor belongs to."""
         parts = name.split(".")
         if len(parts) < 5 or parts[1] != "layers" or parts[-1] == "bias":
             return None
-        weight = parts[-1].removesuffix("_blocks").removesuffix("_scales") if "experts" in parts else parts[-2]
+        weight = parts[-2]
+        if "experts" in parts:
+            weight = parts[-1].removesuffix("_blocks").removesuffix("_scales").removesuffix("_bias")
         target = Target(int(parts[2]), weight)
         return target if target in self.adapter.factors else None
 
-    def _account(self, target: Target, base: Tensor, delta: Tensor, written: Tensor) -> None:
-        if target not in self.survival:
-            self.survival[target] = Survival(target.module)
-        self.survival[target].add(base, delta, written)
+    def _survival(self, target: Target) -> Survival:
+        return self.survival.setdefault(target, Survival(target.module))
 
 
 def export(
@@ -147,13 +184,18 @@ def export(
     target: Path,
     *,
     format: Format = "mxfp4",
+    rule: Rule = Rule(),
+    reference: Reference | None = None,
     allow_unchanged: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> list[Survival]:
+) -> Result:
     """Write the merge of `adapter` (any PEFT LoRA over this architecture) and `base` to `target`, complete or absent.
 
-    Returns: what survived, per adapted weight; also written to `target/export_report.json` unless nothing changed.
+    Args:
+        rule: how deltas are rounded (MXFP4 only).
+        reference: base and merge on held-out samples; what was written is then measured on them too.
+    Returns: what survived; also written to `target/export.json` unless nothing changed.
     Raises: DataError if the adapter does not fit, would be dropped in part, or changes nothing and `allow_unchanged` is
         False; with it, the copy is byte-identical. UsageError for a format that the base cannot give.
     """
@@ -167,8 +209,8 @@ def export(
     with atomic_directory(target, overwrite=overwrite) as directory:
         if format == "adapter":
             write_adapter(directory, adapter, checkpoint.config)
-            return []
-        merge = _Merge(checkpoint, adapter)
+            return Result([], None)
+        merge = _Merge(checkpoint, adapter, rule)
         if format == "bf16":
             write_bf16(
                 checkpoint, directory, edit=merge.weight, edit_expert=merge.expert, max_shard_bytes=max_shard_bytes
@@ -177,10 +219,22 @@ def export(
             rewrite_checkpoint(checkpoint, directory, _editor(checkpoint, merge))
         survival = list(merge.survival.values())
         _check(merge, adapter, allow_unchanged)
+        measured = None
         if any(item.changed for item in survival):
-            report = {"format": format, "rounding": "nearest", "weights": [item.to_json() for item in survival]}
+            measured = reference.measure_directory(directory) if reference is not None else None
+            report = _report(format, rule, survival, measured)
             (directory / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    return survival
+    return Result(survival, measured)
+
+
+def _report(format: Format, rule: Rule, survival: list[Survival], measured: Measured | None) -> dict[str, object]:
+    """Return what export.json holds: how, what it cost in held-out loss, and what survived of each weight."""
+    report: dict[str, object] = {"format": format}
+    if format == "mxfp4":
+        report |= {"rounding": rule.rounding, "seed": rule.seed, "bias_correction": rule.calibration is not None}
+    for name, models in (measured or {}).items():
+        report[f"measured on {name}"] = models
+    return report | {"kinds": summary(survival), "weights": [item.to_json() for item in survival]}
 
 
 def _editor(checkpoint: Checkpoint, merge: _Merge) -> Callable[[str, Tensor], Tensor]:
@@ -190,8 +244,7 @@ def _editor(checkpoint: Checkpoint, merge: _Merge) -> Callable[[str, Tensor], Te
         canonical.setdefault(slot.name, []).append(name)
 
     def edit_one(name: str, tensor: Tensor) -> Tensor:
-        is_bytes = name.endswith(("_blocks", "_scales"))
-        return merge.expert_bytes(name, tensor) if is_bytes else merge.weight(name, tensor)
+        return merge.expert_tensor(name, tensor) if ".experts." in name else merge.weight(name, tensor)
 
     def edit(stored: str, tensor: Tensor) -> Tensor:
         names = canonical[stored]
@@ -216,8 +269,8 @@ def _check(merge: _Merge, adapter: Adapter, allow_unchanged: bool) -> None:
     trained = [item for item in merge.survival.values() if item.delta_squared > 0]
     if not any(item.changed for item in merge.survival.values()) and not allow_unchanged:
         cause = (
-            "rounding to MXFP4 lost every delta: all are smaller than half a step of the grid. Train longer or at a "
-            "higher rate, or export --format bf16"
+            "rounding to nearest lost every delta: all are smaller than half a step of the grid. Use "
+            "--rounding stochastic, or export --format bf16"
             if trained
             else "the adapter is all zeros: it was not trained"
         )
@@ -239,26 +292,66 @@ def summary(survival: list[Survival]) -> list[dict[str, float | str]]:
     return [row.to_json() for row in rows.values()]
 
 
-def print_summary(survival: list[Survival]) -> None:
-    """Print, on stderr, how much of the fine-tune the written weights carry, and warn where it was lost."""
-    rows = summary(survival)
+def print_summary(result: Result) -> None:
+    """Print, on stderr, how much of the fine-tune was written and what it costs; warn where it is not what was
+    trained."""
+    rows = summary(result.survival)
     for row in rows:
         print(
             f"  {row['name']}: |delta|/|W| {row['delta_to_base']:.3%}, values changed {row['changed_share']:.2%}, "
             f"delta kept {row['kept']:.1%}, residual {row['residual']:.2f} of |delta|",
             file=sys.stderr,
         )
+    for name, models in (result.measured or {}).items():
+        base, merge, export = (models[model]["loss"] for model in ("base", "merge", "export"))
+        compared = models["compared"]
+        print(
+            f"  loss on {name}: base {base:.4f}, merge {merge:.4f}, export {export:.4f} "
+            f"({compared['loss_increase']:+.4f}; kept {compared['gain_kept']:.1%} of the gain), "
+            f"KL to the merge {compared['kl_to_merge']:.4f}, {compared['labels']:.0f} labels",
+            file=sys.stderr,
+        )
+    for warning in warnings(result):
+        print(f"  warning: {warning}", file=sys.stderr)
+
+
+def falls_short(result: Result, max_loss_increase: float | None) -> int:
+    """Return 1, and say so, if the export's loss is over the merge's by more than is allowed on some data; else 0."""
+    if max_loss_increase is None:
+        return 0
+    if result.measured is None:
+        print(
+            "  nothing was measured, so nothing is known about max_loss_increase: give held-out data", file=sys.stderr
+        )
+        return 1
+    worst = max(models["compared"]["loss_increase"] for models in result.measured.values())
+    if worst <= max_loss_increase:
+        return 0
+    print(f"  loss increase {worst:.4f} is more than the {max_loss_increase} that is allowed", file=sys.stderr)
+    return 1
+
+
+def warnings(result: Result) -> Iterator[str]:
+    """Yield what makes an export another update than the one that was trained, with the cure."""
+    survival, rows = result.survival, summary(result.survival)
     lost = [item.name for item in survival if item.delta_squared > 0 and item.changed == 0]
     if lost:
-        print(
-            f"  warning: rounding lost the whole delta of {len(lost)} of {len(survival)} weights, such as {lost[0]}; "
-            "compare the evaluations of adapter and model",
-            file=sys.stderr,
+        yield (
+            f"rounding lost the whole delta of {len(lost)} of {len(survival)} weights, such as {lost[0]}; "
+            "compare the evaluations of adapter and model"
         )
-    thin = [f"{row['kept']:.0%} of {row['name']}'s" for row in rows if float(row["kept"]) < KEPT_ENOUGH]
-    if thin:
-        print(
-            f"  warning: only {' and '.join(thin)} delta was kept: this checkpoint is not what was trained. Serve the "
-            "adapter over its base instead, export --format bf16, or train with lora.experts=[], which rounds nothing",
-            file=sys.stderr,
+    off = [f"{row['kept']:.0%} of {row['name']}'s" for row in rows if not KEPT[0] <= float(row["kept"]) <= KEPT[1]]
+    if off:
+        yield (
+            f"{' and '.join(off)} delta was written: this checkpoint is not what was trained. Use --rounding "
+            "stochastic, serve the adapter over its base, export --format bf16, or train with lora.experts=[], which "
+            "rounds nothing"
         )
+    for name, models in (result.measured or {}).items():
+        kept = models["compared"]["gain_kept"]
+        if models["compared"]["gain"] > 0 and name == "task" and not KEPT_GAIN[0] <= kept <= KEPT_GAIN[1]:
+            yield (
+                f"the export kept {kept:.1%} of the gain on {name}"
+                + (": more than all of it is another update, not a better one" if kept > 1 else "")
+                + "; export with another --seed or --rounding to see how much of that is chance"
+            )

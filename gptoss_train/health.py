@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptoss_infer.adapter import Factors, Target
 from gptoss_infer.config import ModelConfig
+from gptoss_infer.experts import Shown
 
 SAMPLED_ROWS = 16  # of so many rows of pre-activations one is looked at
 
@@ -28,9 +29,9 @@ class Watch:
         """Add one forward pass' tokens per expert."""
         self.counts[layer] += torch.tensor(counts)
 
-    def activated(self, layer: int, gate: Tensor, up: Tensor) -> None:
-        """Count pre-activations (m, I) beyond the clamps, in a sample of the rows."""
-        gate, up = gate[::SAMPLED_ROWS], up[::SAMPLED_ROWS]
+    def computed(self, layer: int, shown: Shown) -> None:
+        """Count pre-activations beyond the clamps, in a sample of the rows."""
+        gate, up = shown.gate[::SAMPLED_ROWS], shown.up[::SAMPLED_ROWS]
         saturated = (gate > self.limit).sum() + (up.abs() > self.limit).sum()
         self.clamped += torch.stack([saturated, saturated.new_tensor(gate.numel() + up.numel())])
 
@@ -59,7 +60,7 @@ class Choices:
         """Keep one layer's choices."""
         self.chosen.append(chosen.to(torch.int16).cpu())
 
-    def activated(self, layer: int, gate: Tensor, up: Tensor) -> None:
+    def computed(self, layer: int, shown: Shown) -> None:
         """Pre-activations are not kept."""
 
     def gone(self, later: Choices) -> float:

@@ -23,11 +23,12 @@ from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.checkpoint.layouts import ExpertFormat, expected_shapes
 from gptoss_infer.config import ModelConfig, published
 from gptoss_infer.errors import UsageError
+from gptoss_infer.loading import DTYPES
 from gptoss_infer.lora import all_targets
 from gptoss_train import addition, builtin, devices
 from gptoss_train.data import Dataset, load_splits
 from gptoss_train.devices import Gpu
-from gptoss_train.dry_run import DTYPES, StepMemory, dry_run, factor_elements
+from gptoss_train.dry_run import StepMemory, dry_run, factor_elements
 from gptoss_train.flops import LoraShape, step_flops
 from gptoss_train.packing import Plan
 from gptoss_train.progress import peak_memory_bytes

@@ -209,6 +209,12 @@ class Train(_Section):
     offload: bool = Field(
         default=False, description="with recompute layers: their inputs wait in main memory, not on the GPU"
     )
+    rounded_steps: int = Field(
+        default=0,
+        ge=0,
+        description="in so many last steps the experts compute as export.rounding and export.seed will write them, and "
+        "the adapter learns to live with it; costs a second copy of the experts",
+    )
     deterministic: bool = Field(
         default=False, description="only algorithms that repeat bit for bit, on a GPU too; an error where there is none"
     )
@@ -275,7 +281,27 @@ class Export(_Section):
     formats: Annotated[tuple[Literal["mxfp4", "bf16", "adapter"], ...], Unique] = Field(
         default=("mxfp4",), description="checkpoints to write; may be empty"
     )
-    rounding: Literal["nearest"] = Field(default="nearest", description="how changed blocks are rounded to MXFP4")
+    rounding: Literal["stochastic", "systematic", "nearest"] = Field(
+        default="stochastic", description="how expert deltas are rounded to MXFP4, on the scales of the base"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the rounding")
+    calibration_tokens: int = Field(
+        default=32768,
+        ge=0,
+        description="training tokens that show what experts read on average, so that biases take back the mean of the "
+        "rounding errors; 0 leaves the biases alone",
+    )
+    measure_tokens: int = Field(
+        default=16384,
+        ge=0,
+        description="held-out tokens on which base, merge and export are compared; 0 compares nothing",
+    )
+    unrelated: Text | None = Field(
+        default=None, description="JSONL file of conversations that the fine-tune should not have changed; compared too"
+    )
+    max_loss_increase: float | None = Field(
+        default=None, ge=0, description="exit 1 if the export's held-out loss is over the merge's by more, in nats"
+    )
     max_shard_bytes: int = Field(default=5_000_000_000, ge=1, description="largest safetensors file")
     allow_unchanged: bool = Field(
         default=False, description="write a checkpoint even if training changed no byte of it"
@@ -346,6 +372,13 @@ class Recipe(_Section):
                 f"train.pack_tokens is {train.pack_tokens}, which cannot hold a sample of data.max_tokens, {longest}; "
                 "raise it or lower that"
             )
+        if train.rounded_steps and "lora" in info.data and "model" in info.data:
+            lora, model = info.data["lora"], info.data["model"]
+            if not lora.experts or lora.dropout or model.experts != "mxfp4":
+                raise ValueError(
+                    f"train.rounded_steps is {train.rounded_steps}, which needs lora.experts, lora.dropout 0 and "
+                    f"model.experts mxfp4; they are {list(lora.experts)}, {lora.dropout} and {model.experts}"
+                )
         return train
 
     def to_yaml(self) -> str:

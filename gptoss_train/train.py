@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from gptoss_infer.adapter import Target
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import Terminated
-from gptoss_infer.loading import load
-from gptoss_infer.lora import all_targets, attach, disabled, factors_of
+from gptoss_infer.loading import DTYPES, load
+from gptoss_infer.lora import all_targets, attach, disabled, factors_of, round_experts
 from gptoss_infer.model import GptOss
 from gptoss_infer.model import Watch as WatchProtocol
 from gptoss_train import checkpoints
@@ -41,8 +41,6 @@ from gptoss_train.packing import Plan, plan_epoch
 from gptoss_train.progress import Progress, peak_memory_bytes
 from gptoss_train.recipe import Recipe
 from gptoss_train.trackers import Trackers
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -136,6 +134,7 @@ class Trainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + rank)  # of dropout
         self.model.train()
+        self._round_experts(step)
         watch = Watch(self.model.config, self.accelerator.device)
         sums = torch.zeros(2, len(CHANNELS) + 1, dtype=torch.float64)  # loss and labels per channel code
         for batch in packs[rank::world]:
@@ -158,6 +157,11 @@ class Trainer:
         }
         values |= watch.values(watched) | self._speed(documents, num_labels, time.perf_counter() - started)
         return values, num_tokens
+
+    def _round_experts(self, step: int) -> None:
+        """In the last `train.rounded_steps`, let the experts compute as they would be exported now."""
+        if step >= self.total_steps - self.recipe.train.rounded_steps:
+            round_experts(self.model, self.recipe.export.rounding, self.recipe.export.seed)
 
     def _losses(self, batch: PackedBatch, watch: WatchProtocol | None) -> tuple[Tensor, Tensor]:
         """Return losses (n,) and channel codes (n,), on the device, of the labelled tokens of a pack."""
@@ -210,6 +214,7 @@ class Trainer:
         if self.validation is None:
             return
         self.model.eval()
+        self._round_experts(step - 1)  # as in the step before, with the factors that it left
         packs = self._validation_packs()
         sums = torch.zeros(2, len(CHANNELS) + 1, dtype=torch.float64)
         choices = Choices()

@@ -20,8 +20,8 @@ PACKAGES = ("gptoss_infer", "gptoss_train", "evals")
 # What each package may import of gptoss_infer. (Training gets the engine with the first method that samples.)
 OF_INFER = {
     "gptoss_train": {
-        "adapter", "checkpoint", "config", "errors", "experts", "harmony", "kernels", "loading", "lora", "model", "mxfp4",
-        "rounding",
+        "adapter", "checkpoint", "config", "errors", "experts", "harmony", "kernels", "loading", "lora", "model",
+        "mxfp4", "rounding",
     },
     "evals": {"config", "engine", "errors", "harmony", "sandbox", "tools"},
 }  # fmt: skip
@@ -35,7 +35,8 @@ LAYERS = {name: FORMATS for name in FORMATS} | {
     "cache": FORMATS,
     "adapter": FORMATS | {"adapter"},
     "loading": FORMATS | {"kernels", "model"},
-    "lora": FORMATS | {"adapter", "experts", "model"},
+    "rounding": FORMATS,
+    "lora": FORMATS | {"adapter", "experts", "model", "rounding"},
 }
 TRAINING_ONLY = {
     "accelerate",

@@ -100,7 +100,7 @@ def rewrite_checkpoint(source: Checkpoint, directory: Path, edit: Callable[[str,
 def copy_other_files(source: Path, directory: Path) -> None:
     """Copy what is neither weights nor config: tokenizer, chat template, generation config, licence."""
     kept = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ""}
-    ours = {"config.json", INDEX, MANIFEST, "export_report.json"}
+    ours = {"config.json", INDEX, MANIFEST, "export.json"}
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in kept and path.name not in ours and not path.name.startswith("."):
             shutil.copyfile(path, directory / path.name)

@@ -81,7 +81,7 @@ def run_directory(tmp_path: Path, write_evaluation: Callable, make_record: Calla
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 51, "tra')
     (directory / "model").mkdir()
     report = {"format": "mxfp4", "weights": [{"name": "layers.0.down_proj", "kept": 0.98765432}]}
-    (directory / "model" / "export_report.json").write_text(json.dumps(report))
+    (directory / "model" / "export.json").write_text(json.dumps(report))
     return directory
 
 

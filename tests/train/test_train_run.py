@@ -207,8 +207,8 @@ def test_a_bad_line_ends_the_run_with_its_file_and_number_and_exit_4(
 def test_a_run_that_changes_nothing_refuses_its_export_and_keeps_the_adapter(
     recipe: Callable[..., Path], tmp_path: Path, finish: Callable[..., str]
 ) -> None:
-    sections: dict[str, Any] = {"lora": {"rank": 2, "attention": []}, "export": {"formats": ["mxfp4"]}}
-    path = recipe(**sections, optim={"lr": 1e-9})
-    assert "rounding to MXFP4 lost every delta" in finish("run", path, code=4)
+    sections: dict[str, Any] = {"lora": {"rank": 2, "attention": []}, "optim": {"lr": 1e-9}}
+    path = recipe(**sections, export={"formats": ["mxfp4"], "rounding": "nearest"})
+    assert "rounding to nearest lost every delta" in finish("run", path, code=4)
     assert (tmp_path / "run/adapter").exists()
     assert not (tmp_path / "run/model").exists()

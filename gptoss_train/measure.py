@@ -1,0 +1,170 @@
+"""What an export costs: held-out loss per channel of base, merge and export, and how far the export's answers are off.
+
+The merge is the base with its adapter unmerged, which is exact. The models are in memory one after another; of the
+merge only final hidden states are kept, so that the divergence to it needs no second model: KL(merge || export) in nats
+per labelled token, from both models' full distributions. Used by `gptoss_train.export` and by the study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptoss_infer.adapter import Adapter
+from gptoss_infer.checkpoint import Checkpoint
+from gptoss_infer.loading import load
+from gptoss_infer.lora import disabled, load_adapter
+from gptoss_infer.model import GptOss
+from gptoss_train.data import CHANNELS, PackedBatch, Sample, pack
+from gptoss_train.loss import Unembedding
+from gptoss_train.packing import plan_epoch
+
+DIVERGENCE_ROWS = 64  # tokens whose full distributions exist at a time: 51 MB each in fp32, for all 201,088 tokens
+
+
+Measured = dict[str, dict[str, dict[str, float]]]  # set of samples -> base, merge, export, compared -> name -> value
+
+
+class Runtime(NamedTuple):
+    """How the models compute."""
+
+    device: str
+    dtype: torch.dtype
+    pack_tokens: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of the labelled tokens of one set of samples, in the order of its packs."""
+
+    losses: Tensor  # fp32 (n,), nats
+    channels: Tensor  # uint8 (n,): codes of `data.CHANNELS`, from 1
+    likeliest: Tensor  # bool (n,): whether no token is likelier
+    samples: Tensor  # int64 (n,): which sample a label belongs to
+
+    def means(self) -> dict[str, float]:
+        """Return the mean loss, over all and per channel that occurs, and the share of samples that are `exact`.
+
+        Exact is a sample whose every label is the likeliest token: decoded greedily, the model writes just that.
+        """
+        values = {"loss": float(self.losses.double().mean()), "exact": self.exact()}
+        for code, name in enumerate(CHANNELS, start=1):
+            if bool((self.channels == code).any()):
+                values[f"loss_{name}"] = float(self.losses[self.channels == code].double().mean())
+        return values
+
+    def exact(self) -> float:
+        """Return the share of samples that greedy decoding writes as they are."""
+        wrong = torch.zeros(int(self.samples.max()) + 1, dtype=torch.bool)
+        wrong[self.samples[~self.likeliest]] = True
+        return 1 - float(wrong[self.samples.unique()].double().mean())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is kept of base and merge to compare exports with, per set of samples."""
+
+    runtime: Runtime
+    packs: dict[str, list[PackedBatch]]
+    base: dict[str, Losses]
+    merge: dict[str, Losses]
+    hidden: dict[str, list[Tensor]]  # the merge's final hidden states at labelled positions, (n, C) a pack, on the CPU
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, adapter: Adapter | Path, samples: Mapping[str, list[Sample]], runtime: Runtime
+    ) -> Reference:
+        """Run the base without and with its adapter over every set of samples."""
+        packs = {name: _packs(some, runtime.pack_tokens) for name, some in samples.items()}
+        model = load(checkpoint, device=runtime.device, dtype=runtime.dtype, experts=checkpoint.experts)
+        load_adapter(model, adapter)
+        with disabled(model):
+            base = {name: _losses(model, some)[0] for name, some in packs.items()}
+        found = {name: _losses(model, some) for name, some in packs.items()}
+        merge = {name: losses for name, (losses, _) in found.items()}
+        return cls(runtime, packs, base, merge, {name: hidden for name, (_, hidden) in found.items()})
+
+    def measure(self, model: GptOss) -> Measured:
+        """Return losses of base, merge and this export, and its divergence, per set of samples."""
+        found: Measured = {}
+        for name, packs in self.packs.items():
+            losses, hidden = _losses(model, packs)
+            divergence = _divergence(self.hidden[name], hidden, Unembedding.of(model.lm_head.weight))
+            base, merge, export = (x.means() for x in (self.base[name], self.merge[name], losses))
+            gain = base["loss"] - merge["loss"]
+            found[name] = {
+                "base": base,
+                "merge": merge,
+                "export": export,
+                "compared": {
+                    "labels": float(len(losses.losses)),
+                    "loss_increase": export["loss"] - merge["loss"],
+                    "gain": gain,
+                    "gain_kept": (base["loss"] - export["loss"]) / gain if gain else float("nan"),
+                    "kl_to_merge": divergence,
+                },
+            }
+        return found
+
+    def measure_directory(self, directory: Path) -> Measured:
+        """Load an export and return what `measure` returns."""
+        checkpoint = Checkpoint.open(directory)
+        runtime = self.runtime
+        return self.measure(load(checkpoint, device=runtime.device, dtype=runtime.dtype, experts=checkpoint.experts))
+
+
+def _packs(samples: list[Sample], pack_tokens: int) -> list[PackedBatch]:
+    pack_tokens = max(pack_tokens, max(sample.num_inputs for sample in samples))
+    steps = plan_epoch([sample.num_inputs for sample in samples], pack_tokens, 1, 0, 0)
+    return [pack([samples[i] for i in indices]) for step in steps for indices in step]
+
+
+@torch.no_grad()
+def _losses(model: GptOss, packs: list[PackedBatch]) -> tuple[Losses, list[Tensor]]:
+    """Return the losses of all labelled tokens, and the final hidden states they come from."""
+    model.eval()
+    unembedding = Unembedding.of(model.lm_head.weight)
+    losses, channels, likeliest, numbers, kept = [], [], [], [], []
+    count = 0
+    for batch in packs:
+        labelled = batch.channels > 0
+        hidden = model.hidden(batch.input_ids[None].to(model.device), batch.positions[None])[0]  # (N, C)
+        hidden = hidden[labelled.to(model.device)]  # (n, C)
+        targets = batch.targets[labelled].to(model.device)
+        losses.append(unembedding.losses(hidden, targets).cpu())
+        likeliest.append(_likeliest(hidden, unembedding, targets).cpu())
+        number = (batch.positions == 0).cumsum(0) + count
+        count = int(number[-1])
+        numbers.append(number[labelled])
+        channels.append(batch.channels[labelled])
+        kept.append(hidden.cpu())
+    return Losses(torch.cat(losses), torch.cat(channels), torch.cat(likeliest), torch.cat(numbers)), kept
+
+
+def _likeliest(hidden: Tensor, unembedding: Unembedding, targets: Tensor) -> Tensor:
+    """Return bool (n,): whether the target's logit is the largest."""
+    rows = targets if unembedding.row_of_token is None else unembedding.row_of_token[targets]
+    tops = [(some @ unembedding.rows.T).argmax(-1) for some in hidden.split(DIVERGENCE_ROWS)]
+    return torch.cat(tops) == rows
+
+
+def _divergence(reference: list[Tensor], hidden: list[Tensor], unembedding: Unembedding) -> float:
+    """Return the mean KL divergence in nats from the distributions of one list of hidden states to the other's."""
+    total, count = 0.0, 0
+    for ours, theirs in zip(reference, hidden, strict=True):
+        for some, others in zip(ours.split(DIVERGENCE_ROWS), theirs.split(DIVERGENCE_ROWS), strict=True):
+            p, q = _log_probabilities(some, unembedding), _log_probabilities(others, unembedding)
+            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        count += len(ours)
+    return total / max(count, 1)
+
+
+def _log_probabilities(hidden: Tensor, unembedding: Unembedding) -> Tensor:
+    """Return fp32 (n, U) of all distinct tokens; those that share a row, and so a probability, as one."""
+    logits = (hidden.to(unembedding.rows.device) @ unembedding.rows.T).float()
+    return (logits if unembedding.log_counts is None else logits + unembedding.log_counts).log_softmax(-1)

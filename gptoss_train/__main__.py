@@ -237,7 +237,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from gptoss_train.export import export, falls_short, print_summary, summary
-    from gptoss_train.run import plan_export
+    from gptoss_train.export_inputs import plan_export
 
     asked = {
         "rounding": arguments.rounding, "seed": arguments.seed, "unrelated": arguments.unrelated,
@@ -245,7 +245,7 @@ def _export(arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     planned = plan_export(
         arguments.source, arguments.base, {key: value for key, value in asked.items() if value is not None},
-        calibrate=arguments.calibrate, task=arguments.task,
+        calibrate=arguments.calibrate, task=arguments.task, measure=arguments.format != "adapter",
     )  # fmt: skip
     result = export(
         planned.adapter, planned.base, arguments.target, format=arguments.format, rule=planned.rule,

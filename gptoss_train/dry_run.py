@@ -29,7 +29,7 @@ from gptoss_infer import kernels, mxfp4
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.experts import Routing
 from gptoss_infer.loading import DTYPES
-from gptoss_infer.lora import all_targets, attach
+from gptoss_infer.lora import LoraExpertLinear, all_targets, attach
 from gptoss_infer.model import GptOss, RMSNorm
 from gptoss_train.loss import Unembedding
 from gptoss_train.recipe import Recipe
@@ -93,7 +93,8 @@ def _dry_run(recipe: Recipe, config: ModelConfig, documents: Sequence[int], num_
         return tensor.shape, tensor.dtype
 
     with _without_data(gpu), patch("gptoss_infer.model.save_on_cpu", lambda pin_memory: _forgotten(offload)), live:
-        for tensor in (*model.parameters(), *model.buffers()):
+        rounded = [module.rounded for module in model.modules() if isinstance(module, LoraExpertLinear)]
+        for tensor in (*model.parameters(), *model.buffers(), *(blocks for blocks in rounded if blocks is not None)):
             live.see(tensor)
         weights = live.now - factor_bytes
         on_host = model.model.embed_tokens.weight.nbytes if recipe.model.embedding == "host" else 0
@@ -124,6 +125,10 @@ def _model(recipe: Recipe, config: ModelConfig) -> GptOss:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad and not isinstance(module, RMSNorm):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    if recipe.train.rounded_steps:
+        for module in model.modules():
+            if isinstance(module, LoraExpertLinear):
+                module.rounded = torch.empty_like(module.base_layer.blocks)
     return model.train()
 
 

@@ -16,27 +16,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
-from gptoss_infer.adapter import CONFIG, Adapter, write_adapter
+from gptoss_infer.adapter import Adapter, write_adapter
 from gptoss_infer.checkpoint import Checkpoint, atomic_directory, resolve
 from gptoss_infer.checkpoint.atomic import MANIFEST, file_sha256
-from gptoss_infer.config import read_json
 from gptoss_infer.errors import MachineError, UsageError
-from gptoss_infer.loading import DTYPES, load, pick_device
 from gptoss_train import builtin
 from gptoss_train.calibration import FILE as CALIBRATION
-from gptoss_train.calibration import Calibration, collect
-from gptoss_train.data import Dataset, Sample, load_dataset, load_splits, some_of
+from gptoss_train.calibration import collect
+from gptoss_train.data import Dataset, load_splits
 from gptoss_train.export import Rule, export, falls_short, print_summary
-from gptoss_train.measure import Reference, Runtime
-from gptoss_train.recipe import Recipe, load_recipe
+from gptoss_train.export_inputs import calibration_of, reference_of
+from gptoss_train.measure import Reference
+from gptoss_train.recipe import Recipe
 from gptoss_train.yaml_strict import dump
 
 if TYPE_CHECKING:
@@ -225,7 +223,7 @@ def _export_all(recipe: Recipe, run_dir: Path, base: Path) -> int:
     """Write every export that is not there yet; return 1 if one is worse than the recipe allows."""
     code = 0
     reference: Reference | None = None
-    calibration = _calibration(recipe, run_dir, base, run_dir / "adapter", None)
+    calibration = calibration_of(recipe, run_dir, base, run_dir / "adapter", None)
     rule = Rule(recipe.export.rounding, recipe.export.seed, calibration)
     for format in recipe.export.formats:
         target = run_dir / EXPORTS[format]
@@ -243,89 +241,6 @@ def _export_all(recipe: Recipe, run_dir: Path, base: Path) -> int:
         print_summary(result)
         code = falls_short(result, recipe.export.max_loss_increase) or code
     return code
-
-
-class Planned(NamedTuple):
-    """What `gptoss-train export` works with."""
-
-    adapter: Path
-    base: Path
-    rule: Rule
-    reference: Reference | None
-    max_loss_increase: float | None
-
-
-def plan_export(
-    source: Path, base: str | None, asked: Mapping[str, object], *, calibrate: str | None, task: str | None
-) -> Planned:
-    """Find what an export needs: in the run directory that `source` is, or from the files that are named.
-
-    Args:
-        source: a run directory, or an adapter, ours or a peer's.
-        base: checkpoint; None for the one that the adapter names.
-        asked: keys of a recipe's `export` section that replace the run's.
-        calibrate: conversations to collect the experts' mean inputs from; None for what the run collected, if any.
-        task: held-out conversations; None for the run's validation data, if any.
-    """
-    is_run = _is_run_directory(source)
-    adapter = source / "adapter" if is_run else source
-    named = base or read_json(adapter / CONFIG).get("base_model_name_or_path")
-    if not named:
-        raise UsageError(f"{adapter / CONFIG} names no base; give it with --base CKPT")
-    checkpoint = resolve(str(named))
-    if is_run:
-        recipe = load_recipe(str(source / "recipe.yaml"))
-    else:
-        recipe = Recipe.model_validate(
-            {"version": 1, "model": {"checkpoint": str(named)}, "data": {"train": "none"}, "train": {"max_steps": 1}}
-        )
-    sections = recipe.model_dump()
-    sections["export"] |= asked
-    if task is not None:
-        sections["data"] |= {"validation": task, "validation_fraction": 0.0, "train": task}
-    recipe = Recipe.model_validate(sections)
-    calibration = _calibration(recipe, source, checkpoint, adapter, calibrate)
-    rule = Rule(recipe.export.rounding, recipe.export.seed, calibration)
-    return Planned(
-        adapter, checkpoint, rule, reference_of(recipe, checkpoint, adapter), recipe.export.max_loss_increase
-    )
-
-
-def _is_run_directory(source: Path) -> bool:
-    return (source / "adapter").is_dir() and (source / "recipe.yaml").is_file()
-
-
-def _calibration(recipe: Recipe, run_dir: Path, base: Path, adapter: Path, calibrate: str | None) -> Calibration | None:
-    """Return the experts' mean inputs: collected now from a file, or those that a run left; None if it left none."""
-    if calibrate is None:
-        path = run_dir / CALIBRATION
-        return Calibration.load(path, Checkpoint.open(base).config) if path.exists() else None
-    from gptoss_infer.lora import load_adapter  # brings peft
-
-    data = recipe.data.model_copy(update={"max_tokens": recipe.max_tokens})
-    samples = load_dataset(calibrate, data).samples
-    model = load(base, device=recipe.model.device, dtype=DTYPES[recipe.model.dtype])
-    load_adapter(model, adapter)
-    return collect(model, samples, recipe.train.pack_tokens, recipe.export.calibration_tokens)
-
-
-def reference_of(recipe: Recipe, base: Path, adapter: Path) -> Reference | None:
-    """Return base and merge on held-out and unrelated data; None if the recipe has neither, or measures nothing."""
-    settings, data = recipe.export, recipe.data
-    samples: dict[str, list[Sample]] = {}
-    if settings.measure_tokens and (data.validation or data.validation_fraction):
-        validation_path = builtin.path(data.validation) if data.validation else None
-        validation = load_splits(recipe, builtin.path(data.train), validation_path)[1]
-        assert validation is not None, "the recipe has validation data"
-        samples["task"] = some_of(validation.samples, settings.measure_tokens)
-    if settings.measure_tokens and settings.unrelated:
-        unrelated = load_dataset(builtin.path(settings.unrelated), data.model_copy(update={"max_tokens": None}))
-        samples["unrelated"] = some_of(unrelated.samples, settings.measure_tokens)
-    if not samples:
-        return None
-    device = str(pick_device(recipe.model.device))
-    runtime = Runtime(device, DTYPES[recipe.model.dtype], recipe.train.pack_tokens)
-    return Reference.of(Checkpoint.open(base), adapter, samples, runtime)
 
 
 def _evaluate(recipe: Recipe, run_dir: Path, base: Path) -> int:

@@ -26,7 +26,7 @@ OF_INFER = {
     "evals": {"config", "engine", "errors", "harmony", "sandbox", "tools"},
 }  # fmt: skip
 # Inside gptoss_infer: the formats know nothing of the model, the model nothing of the engine.
-FORMATS = {"checkpoint", "config", "errors", "harmony", "mxfp4"}
+FORMATS = {"checkpoint", "config", "errors", "harmony", "mxfp4", "rounding"}
 LAYERS = {name: FORMATS for name in FORMATS} | {
     "kernels": FORMATS | {"kernels"},
     "attention": {"attention", "kernels"},
@@ -35,8 +35,7 @@ LAYERS = {name: FORMATS for name in FORMATS} | {
     "cache": FORMATS,
     "adapter": FORMATS | {"adapter"},
     "loading": FORMATS | {"kernels", "model"},
-    "rounding": FORMATS,
-    "lora": FORMATS | {"adapter", "experts", "model", "rounding"},
+    "lora": FORMATS | {"adapter", "experts", "model"},
 }
 TRAINING_ONLY = {
     "accelerate",

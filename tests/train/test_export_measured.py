@@ -223,6 +223,19 @@ def test_an_adapter_alone_is_calibrated_and_measured_on_files(
     assert report["bias_correction"]
 
 
+def test_a_run_whose_data_is_gone_is_exported_unmeasured_and_said_so(
+    recipe: Callable[..., Path], finish: Callable[..., str], tmp_path: Path
+) -> None:
+    data = {"train": str(tmp_path / "train.jsonl"), "validation_fraction": 0.2}
+    train = {"max_steps": 3, "pack_tokens": 256, "batch_tokens": 512, "rounded_steps": 1}
+    finish("run", recipe(data=data, train=train))
+    (tmp_path / "train.jsonl").unlink()
+    output = finish("export", tmp_path / "run", tmp_path / "out", "--seed", "3")
+    assert "train.jsonl, the run's held-out data, is not there" in output
+    assert "last steps were trained for {'rounding': " in output
+    assert "measured on task" not in json.loads((tmp_path / "out/export.json").read_text())
+
+
 def test_a_peers_adapter_without_a_base_is_told_to_name_one(
     adapter: Adapter, finish: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -117,6 +117,14 @@ def test_weights_are_the_published_checkpoints_bytes(size: Any, stored_gb: float
     assert weights == pytest.approx(checkpoint_bytes(config, "mxfp4"), rel=1e-4)  # norms are fp32 in memory
 
 
+def test_training_rounded_experts_costs_a_second_copy_of_their_blocks() -> None:
+    plain, rounded = (
+        dry_run(recipe_of(train={"rounded_steps": steps}), CONFIG, [128], 16, gpu=True).weights for steps in (0, 2)
+    )
+    elements = 3 * CONFIG.hidden_size * CONFIG.intermediate_size * CONFIG.num_local_experts * CONFIG.num_hidden_layers
+    assert rounded - plain == elements // 2
+
+
 def test_attention_workspace_stays_bounded_for_long_packs() -> None:
     config = replace(published("20b"), num_hidden_layers=2, layer_types=alternating(2))
     recipe = recipe_of(train={"pack_tokens": 32768, "batch_tokens": 32768, "recompute": "layers"})

@@ -110,15 +110,26 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert = _add(
         commands,
         "convert",
-        "write a checkpoint in another layout, without rounding anything",
-        "gptoss-infer convert openai/gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
+        "write a checkpoint in another layout; nothing is rounded, except bf16 experts with --to mxfp4",
+        "gptoss-infer convert peers-fine-tune-bf16 fine-tune-mxfp4 --to mxfp4 --like openai/gpt-oss-20b",
     )
     convert.add_argument("source", metavar="SRC", help="checkpoint directory, or hub id[@revision]")
     convert.add_argument("target", metavar="DST", type=Path, help="new directory; complete or absent afterwards")
     convert.add_argument(
-        "--to", required=True, choices=("hf", "original", "bf16"),
-        help="hf: Hugging Face's MXFP4 layout; original: OpenAI's; bf16: Hugging Face's with experts expanded",
+        "--to", required=True, choices=("hf", "original", "bf16", "mxfp4"),
+        help="hf: Hugging Face's MXFP4 layout; original: OpenAI's; bf16: Hugging Face's with experts expanded; "
+        "mxfp4: bf16 experts rounded, in Hugging Face's MXFP4 layout",
     )  # fmt: skip
+    convert.add_argument(
+        "--like", metavar="BASE",
+        help="with --to mxfp4: the MXFP4 checkpoint that SRC was fine-tuned from; its scales, and the bytes of blocks "
+        "that did not change, are kept, and what changed is rounded onto its grid as in an export",
+    )  # fmt: skip
+    convert.add_argument(
+        "--rounding", choices=("stochastic", "systematic", "nearest"),
+        help="with --like: how changes are rounded (stochastic); nearest loses those under half a step",
+    )  # fmt: skip
+    convert.add_argument("--seed", type=int, metavar="N", help="with --like: of the rounding (0)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     convert.add_argument(
         "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="size of a weight file (5000000000)"
@@ -243,21 +254,59 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    if arguments.max_shard_bytes < 1:
-        raise UsageError(f"--max-shard-bytes is {arguments.max_shard_bytes}, expected at least 1")
+    _check_convert(arguments)
 
     from gptoss_infer.checkpoint import resolve
     from gptoss_infer.checkpoint.convert import convert
 
-    convert(
-        resolve(arguments.source),
-        arguments.target,
-        arguments.to,
-        overwrite=arguments.overwrite,
-        max_shard_bytes=arguments.max_shard_bytes,
-    )
+    options = {"overwrite": arguments.overwrite, "max_shard_bytes": arguments.max_shard_bytes}
+    if arguments.to == "mxfp4":
+        _quantize(arguments, options)
+    else:
+        convert(resolve(arguments.source), arguments.target, arguments.to, **options)
     print(arguments.target)
     return 0
+
+
+def _check_convert(arguments: argparse.Namespace) -> None:
+    if arguments.max_shard_bytes < 1:
+        raise UsageError(f"--max-shard-bytes is {arguments.max_shard_bytes}, expected at least 1")
+    if arguments.seed is not None and arguments.seed < 0:
+        raise UsageError(f"--seed is {arguments.seed}, expected at least 0")
+    given = [f"--{name}" for name in ("like", "rounding", "seed") if getattr(arguments, name) is not None]
+    if given and arguments.to != "mxfp4":
+        raise UsageError(f"{' and '.join(given)}: only with --to mxfp4, since --to {arguments.to} rounds nothing")
+    if given and arguments.like is None:
+        raise UsageError(
+            f"{' and '.join(given)}: only with --like BASE, whose scales are kept; without it scales are chosen anew "
+            "and values rounded to nearest"
+        )
+
+
+def _quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from gptoss_infer.checkpoint import resolve
+    from gptoss_infer.checkpoint.quantize import quantize, summary_lines
+
+    source = resolve(arguments.source)
+    base = None if arguments.like is None else resolve(arguments.like)
+    if base is None:
+        print(
+            "warning: without --like, scales are chosen anew and all values rounded to nearest, which loses changes "
+            "smaller than half a step of the grid. --like BASE, the MXFP4 checkpoint that this was fine-tuned from, "
+            "keeps its scales and the bytes of every block that did not change, and small changes on average.",
+            file=sys.stderr,
+        )
+    result = quantize(
+        source,
+        arguments.target,
+        like=base,
+        rule=arguments.rounding or "stochastic",
+        seed=arguments.seed or 0,
+        notify=lambda line: print(line, file=sys.stderr),
+        **options,
+    )
+    for line in summary_lines(result):
+        print(line, file=sys.stderr)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

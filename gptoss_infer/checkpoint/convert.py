@@ -1,4 +1,7 @@
-"""Convert a checkpoint between layouts: the two MXFP4 ones are byte-exact renames, bf16 is their exact expansion."""
+"""Convert a checkpoint between layouts: the two MXFP4 ones are byte-exact renames, bf16 is their exact expansion.
+
+Nothing here rounds; from bf16 to MXFP4 is the work of `quantize`.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def convert(
     if checkpoint.experts == "bf16" and to != "bf16":
         raise UsageError(
             f"{source} holds bf16 experts; writing them as MXFP4 rounds, which `convert --to {to}` never does. "
-            "Only checkpoints with MXFP4 experts convert to hf and original."
+            "Round them with `convert --to mxfp4`, best with --like BASE, the MXFP4 checkpoint they came from."
         )
     with atomic_directory(target, overwrite=overwrite) as directory:
         copy_other_files(checkpoint.directory, directory)
@@ -50,7 +53,7 @@ def convert(
         else:
             config = hf_config(checkpoint, quantized=True)
             specs = [
-                _spec(checkpoint, name, shape) for name, shape in expected_shapes(checkpoint.config, "mxfp4").items()
+                spec_of(checkpoint, name, shape) for name, shape in expected_shapes(checkpoint.config, "mxfp4").items()
             ]
             parts = {spec.name: [spec.name] for spec in specs}
 
@@ -88,7 +91,7 @@ def write_bf16(
     specs = []
     for name, shape in expected_shapes(checkpoint.config, "bf16").items():
         dense = name.endswith(EXPERT_WEIGHTS)
-        specs.append(TensorSpec(name, shape, torch.bfloat16) if dense else _spec(checkpoint, name, shape))
+        specs.append(TensorSpec(name, shape, torch.bfloat16) if dense else spec_of(checkpoint, name, shape))
 
     def read(name: str) -> Values:
         if not name.endswith(EXPERT_WEIGHTS):
@@ -124,7 +127,8 @@ def hf_config(checkpoint: Checkpoint, *, quantized: bool) -> dict[str, Any]:
     return raw
 
 
-def _spec(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorSpec:
+def spec_of(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """Return the spec of a canonical tensor in the dtype that a checkpoint stores it in."""
     stored = checkpoint.stored[checkpoint.slots[name].name]
     return TensorSpec(name, shape, torch.uint8 if stored.dtype == "U8" else FLOATS[stored.dtype])
 
@@ -135,7 +139,7 @@ def _original_specs(checkpoint: Checkpoint) -> tuple[list[TensorSpec], dict[str,
     specs: dict[str, TensorSpec] = {}
     for name, shape in expected_shapes(checkpoint.config, "mxfp4").items():
         target = original_slot(name, checkpoint.config).name
-        spec = _spec(checkpoint, name, shape)
+        spec = spec_of(checkpoint, name, shape)
         rows = specs[target].shape[0] if target in specs else 0
         if target in specs and specs[target].dtype != spec.dtype:
             raise DataError(f"{name} is {spec.dtype}, but {specs[target].dtype} is what it would share {target} with")

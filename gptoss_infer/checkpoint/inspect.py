@@ -1,7 +1,8 @@
 """What a checkpoint holds, and how two differ, as data and as text.
 
 Here: `inspect` (opening checks every tensor against the config, and the manifest), `tensor_table`, `compare`, and the
-lines that `gptoss-infer inspect` prints. Reads tensors only to compare them, one pair at a time.
+lines that `gptoss-infer inspect` prints. Reads tensors only to compare them, one pair at a time. Experts that are bf16
+on one side and MXFP4 on the other are compared by their values.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor
 
 from gptoss_infer.checkpoint.atomic import verify_manifest
-from gptoss_infer.checkpoint.layouts import ExpertFormat, Layout
+from gptoss_infer.checkpoint.changes import (
+    Changes,
+    by_kind,
+    dense_changes,
+    expert_list,
+    kind_lines,
+    shares,
+    weight_of,
+)
+from gptoss_infer.checkpoint.layouts import ExpertFormat, Layout, expected_shapes
 from gptoss_infer.checkpoint.reader import Checkpoint, Stored
 from gptoss_infer.checkpoint.writer import ITEM_BYTES, tensor_bytes
 from gptoss_infer.config import ModelConfig
@@ -68,8 +78,10 @@ class Comparison:
     experts: tuple[ExpertFormat, ExpertFormat]  # here and in the base
     identical: int
     differing: list[Difference]
-    missing: list[str]  # only in the base
-    added: list[str]  # not in the base
+    missing: list[str]  # only in the base, except experts in another format: their values are compared
+    added: list[str]  # not in the base; likewise
+    weights: list[Changes]  # expert projections that differ
+    kinds: list[Changes]  # sums over all weights that both have
 
 
 def inspect(directory: str | Path) -> tuple[Checkpoint, Summary]:
@@ -108,34 +120,63 @@ def _num_values(name: str, stored: Stored) -> int:
 
 
 def compare(checkpoint: Checkpoint, base: Checkpoint) -> Comparison:
-    """Compare all tensors byte for byte."""
-    differing = []
+    """Compare all tensors byte for byte, then expert by expert those that differ or are stored in another format."""
+    differing, changes = [], []
     shared = [name for name in checkpoint.slots if name in base.slots]
     for name in shared:
         ours, theirs = checkpoint.tensor(name), base.tensor(name)
         hashes = _sha256(ours), _sha256(theirs)
         same_form = ours.dtype == theirs.dtype and ours.shape == theirs.shape
         if hashes[0] == hashes[1] and same_form:
-            continue
-        differing.append(Difference(name, *hashes, _count_changed(ours, theirs) if same_form else None, ours.numel()))
+            one = Changes(name, values=ours.numel())
+        else:
+            one = dense_changes(name, ours, theirs)
+            differing.append(Difference(name, *hashes, one.values_changed if same_form else None, ours.numel()))
+        if weight_of(name) is None:
+            changes.append(one)
+    weights = _compare_experts(checkpoint, base, {one.name for one in differing})
+    changes += weights.values()
     return Comparison(
         base=str(base.directory),
         experts=(checkpoint.experts, base.experts),
         identical=len(shared) - len(differing),
         differing=differing,
-        missing=[name for name in base.slots if name not in checkpoint.slots],
-        added=[name for name in checkpoint.slots if name not in base.slots],
+        missing=[name for name in base.slots if name not in checkpoint.slots and weight_of(name) not in weights],
+        added=[name for name in checkpoint.slots if name not in base.slots and weight_of(name) not in weights],
+        weights=[one for one in weights.values() if one.weights_changed],
+        kinds=by_kind(changes),
     )
+
+
+def _compare_experts(checkpoint: Checkpoint, base: Checkpoint, differing: set[str]) -> dict[str, Changes]:
+    """Return the changes of each expert projection of both: by codes if both are MXFP4, else by value."""
+    same_format = checkpoint.experts == base.experts
+    coded = same_format and checkpoint.experts == "mxfp4"
+    shapes = [expected_shapes(one.config, "bf16") for one in (checkpoint, base)]
+    found = {}
+    for name, shape in shapes[0].items():
+        if weight_of(name) is None or name not in shapes[1]:
+            continue
+        parts = [f"{name}_blocks", f"{name}_scales"] if coded else [name]
+        if shapes[1][name] != shape:
+            if same_format:  # else their tensors are listed as missing and added
+                found[name] = Changes(name, weights_changed=1)
+            continue
+        found[name] = Changes.of_experts(name, checkpoint.config, coded=coded)
+        if same_format and differing.isdisjoint(parts):
+            continue
+        _, _, layer, _, _, weight = name.split(".")
+        for expert in range(shape[0]):
+            where = int(layer), weight, expert
+            if coded:
+                found[name].add_codes(expert, checkpoint.expert_blocks(*where), base.expert_blocks(*where))
+            else:
+                found[name].add_values(expert, checkpoint.expert(*where), base.expert(*where))
+    return found
 
 
 def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def _count_changed(ours: Tensor, theirs: Tensor) -> int:
-    """Count elements with other bits: as integers, for which NaN equals itself and -0 is not 0."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[ours.element_size()]
-    return int((ours.view(bits) != theirs.view(bits)).sum())
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:
@@ -171,23 +212,31 @@ def table_lines(table: list[TensorRow]) -> Iterator[str]:
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
     """Yield a comparison as text."""
     yield f"against {comparison.base}"
-    if not (comparison.differing or comparison.missing or comparison.added):
+    ours, theirs = comparison.experts
+    if ours == theirs and not (comparison.differing or comparison.missing or comparison.added):
         yield f"  identical: all {comparison.identical} tensors have the same bytes"
         return
     yield (
         f"  {comparison.identical} tensors identical, {len(comparison.differing)} differ, "
         f"{len(comparison.missing)} missing here, {len(comparison.added)} missing there"
     )
+    if ours != theirs:
+        equal = "" if comparison.weights else ": all are equal"
+        yield f"  experts are {ours} here and {theirs} there, so compared by value{equal}"
+    counted = {one.name for one in comparison.weights if one.values}
     for one in comparison.differing:
-        how = "another dtype or shape" if one.changed is None else f"{one.changed:,} of {one.elements:,} elements"
-        yield f"  differs   {one.name}: {how}  sha256 {one.sha256[:12]} against {one.base_sha256[:12]}"
-    if comparison.experts[0] != comparison.experts[1]:
-        yield (
-            f"  note      experts are {comparison.experts[0]} here and {comparison.experts[1]} there, so not compared; "
-            "convert the MXFP4 one with --to bf16 first"
-        )
+        if weight_of(one.name) not in counted:
+            how = "another dtype or shape" if one.changed is None else f"{one.changed:,} of {one.elements:,} elements"
+            yield f"  differs   {one.name}: {how}  sha256 {one.sha256[:12]} against {one.base_sha256[:12]}"
+    for weight in comparison.weights:
+        if weight.values:
+            which = expert_list(weight.which_experts, weight.experts)
+            yield f"  differs   {weight.name}: {shares(weight)}; experts {which}"
     for kind, names in (("missing", comparison.missing), ("added", comparison.added)):
         yield from (f"  {kind:<8}  {name}" for name in names)
+    if comparison.differing or comparison.weights:
+        yield "  weights by kind:"
+        yield from kind_lines(comparison.kinds)
 
 
 def _size(num_bytes: int) -> str:

@@ -275,6 +275,47 @@ def test_convert_refuses_an_existing_target_and_replaces_it_when_asked(
     assert run("convert", small, tmp_path / "out", "--to", "bf16", "--overwrite", "--max-shard-bytes", 0) == 2
 
 
+def test_convert_to_mxfp4_prints_the_target_only_and_tells_the_rest_on_stderr(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", small, tmp_path / "bf16", "--to", "bf16") == 0
+    capsys.readouterr()
+    command = ("convert", tmp_path / "bf16", tmp_path / "like", "--to", "mxfp4", "--like", small)
+    assert run(*command, "--rounding", "systematic", "--seed", 3) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'like'}\n"
+    assert "2 of 2: model.layers.0.mlp.experts.gate_up_proj" in err
+    assert "experts.down_proj     0 of 1 changed" in err
+    assert (tmp_path / "like" / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+    assert run(*command) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert run("convert", tmp_path / "bf16", tmp_path / "anew", "--to", "mxfp4") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'anew'}\n"
+    assert "warning: without --like, scales are chosen anew" in err
+    assert run("inspect", tmp_path / "anew", "--against", small, "--json") == 0
+    kinds = {kind["name"]: kind for kind in json.loads(capsys.readouterr().out)["against"]["kinds"]}
+    assert kinds["experts.down_proj"]["values_changed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "bf16", "--like", "base"], "--like: only with --to mxfp4, since --to bf16 rounds nothing"),
+        (["--to", "hf", "--rounding", "nearest", "--seed", "1"], "--rounding and --seed: only with --to mxfp4"),
+        (["--to", "mxfp4", "--rounding", "nearest"], "--rounding: only with --like BASE"),
+        (["--to", "mxfp4", "--seed", "0"], "--seed: only with --like BASE"),
+        (["--to", "mxfp4", "--like", "base", "--seed", "-1"], "--seed is -1"),
+        (["--to", "mxfp4", "--like", "base", "--rounding", "up"], "invalid choice: 'up'"),
+    ],
+)
+def test_rounding_options_that_mean_nothing_exit_2_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run("convert", "./never-looked-at", "./never-written", *options) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_doctor_finds_this_machine_fit_and_gives_a_cure_for_every_lack(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("doctor", "--json") == 0
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}

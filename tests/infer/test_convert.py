@@ -1,8 +1,9 @@
-"""Conversion between layouts: byte-exact renames, exact expansion, and nothing lost on the way."""
+"""Conversion between layouts: byte-exact renames, exact expansion, and nothing lost on the way; and bf16 to MXFP4."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +13,11 @@ from conftest import random_tensors, tiny_config, write_tiny
 from oracles import slow_decode
 from safetensors.torch import load_file, save_file
 
+from gptoss_infer import rounding
+from gptoss_infer.adapter import Target
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.checkpoint.convert import convert
+from gptoss_infer.checkpoint.quantize import quantize, summary_lines
 from gptoss_infer.config import RopeConfig
 from gptoss_infer.errors import DataError, UsageError
 
@@ -179,3 +183,246 @@ def test_converting_a_checkpoint_onto_itself_reads_all_before_it_replaces_anythi
     checkpoint = Checkpoint.open(small)
     assert checkpoint.layout == "original"
     assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in expected.items())
+
+
+# bf16 to MXFP4
+
+DOWN, GATE_UP = (f"model.layers.1.mlp.experts.{weight}" for weight in ("down_proj", "gate_up_proj"))
+GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)  # OCP MX v1.0, table 5
+RULES: tuple[rounding.Rounding, ...] = ("stochastic", "systematic", "nearest")
+
+
+def fine_tune(base: Path, target: Path, changes: dict[str, torch.Tensor] | None = None) -> Path:
+    """A bf16 checkpoint as a peer would write it: `base` expanded, `changes` added, and no manifest."""
+    convert(base, target, "bf16")
+    (target / "MANIFEST.json").unlink()
+    tensors = load_file(target / "model.safetensors")
+    for name, change in (changes or {}).items():
+        tensors[name] = (tensors[name].float() + change).bfloat16()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def noise(name: str, size: float, experts: list[int]) -> dict[str, torch.Tensor]:
+    """A change of some experts of a projection of SMALL, (E, in, out)."""
+    shape = (6, 96, 64) if name.endswith("down_proj") else (6, 64, 192)
+    change = torch.zeros(shape)
+    change[experts] = torch.randn(len(experts), *shape[1:], generator=torch.Generator().manual_seed(3)) * size
+    return {name: change}
+
+
+def experts_of(directory: Path, name: str) -> torch.Tensor:
+    """All experts of a projection, (E, out, in), by the specification's rules."""
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.experts == "bf16":
+        return checkpoint.tensor(name).float().transpose(1, 2)
+    return slow_decode(checkpoint.tensor(f"{name}_blocks"), checkpoint.tensor(f"{name}_scales"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bf16_converted_back_like_its_base_is_the_base_byte_for_byte(
+    tmp_path: Path, small: Path, rule: rounding.Rounding
+) -> None:
+    # -0 and scale bytes from one end to the last whose every value bf16 holds, among the random ones.
+    tensors = random_tensors(SMALL, "mxfp4")
+    tensors[f"{DOWN}_scales"].view(-1)[:253] = torch.arange(253)
+    save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+    fine_tune(small, tmp_path / "bf16")
+    convert(small, tmp_path / "original", "original")
+    for number, base in enumerate((small, tmp_path / "original")):
+        quantized = quantize(tmp_path / "bf16", tmp_path / f"back{number}", like=base, rule=rule, seed=5)
+        assert files_of(tmp_path / f"back{number}") == files_of(small)
+        assert not any(kind.weights_changed for kind in quantized.against_base)
+        assert "no expert differs from the base's" in "\n".join(summary_lines(quantized))
+
+
+def test_the_bases_config_is_kept_byte_for_byte_only_if_it_says_the_same(tmp_path: Path, small: Path) -> None:
+    config = json.loads((small / "config.json").read_text())
+    odd = json.dumps(dict(reversed(config.items())), indent=7)
+    (small / "config.json").write_text(odd)
+    source = fine_tune(small, tmp_path / "bf16")
+    quantize(source, tmp_path / "same", like=small)
+    assert (tmp_path / "same" / "config.json").read_text() == odd
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(raw | {"of_peers": 1}))
+    quantize(source, tmp_path / "other", like=small)
+    written = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert written == raw | {"of_peers": 1, "quantization_config": config["quantization_config"]}
+
+
+def test_without_a_base_values_that_mxfp4_holds_are_written_exactly(tmp_path: Path, small: Path) -> None:
+    source = fine_tune(small, tmp_path / "bf16")
+    quantized = quantize(source, tmp_path / "out")
+    for name in (DOWN, GATE_UP):
+        assert torch.equal(experts_of(tmp_path / "out", name), experts_of(small, name))
+    assert "down_proj: every value is written exactly" in "\n".join(summary_lines(quantized))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["quantization_config"]["quant_method"] == "mxfp4"
+
+
+def test_without_a_base_no_value_is_further_off_than_the_specification_allows(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "bf16", SMALL, "bf16")
+    quantized = quantize(source, tmp_path / "out")
+    asked, written = experts_of(source, DOWN).double(), experts_of(tmp_path / "out", DOWN).double()
+    # OCP's scale, 2**(floor(log2 amax) - 2), brings a block's largest magnitude to 4..8: the widest half step is 1, and
+    # 6 is up to 2 below. The other scale that may be chosen has a least squared error below that.
+    blocks = asked.unflatten(-1, (-1, 32))
+    scale = torch.exp2(blocks.abs().amax(-1, keepdim=True).log2().floor() - 2)
+    nearest = (blocks.abs() / scale).unsqueeze(-1).sub(GRID).abs().amin(-1)
+    allowed = (nearest * scale).square().sum(-1)
+    assert bool(((blocks - written.unflatten(-1, (-1, 32))).square().sum(-1) <= allowed).all())
+    error = float((written - asked).square().sum() / asked.square().sum()) ** 0.5
+    (line,) = [line for line in summary_lines(quantized) if "down_proj" in line]
+    # Both layers have the same distribution; theirs together is within a tenth of that of one.
+    assert float(re.search(r"error ([\d.]+)%", line)[1]) == pytest.approx(100 * error, rel=0.1)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_fine_tune_of_one_expert_touches_only_the_blocks_that_it_changed(
+    tmp_path: Path, small: Path, rule: rounding.Rounding
+) -> None:
+    change = noise(DOWN, 0.05, [3])
+    change[DOWN][3, :32] = 0  # the first block of each row
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    change[attention] = torch.ones(128, 64)
+    source = fine_tune(small, tmp_path / "bf16", change)
+    quantized = quantize(source, tmp_path / "out", like=small, rule=rule)
+    theirs, tuned = load_file(small / "model.safetensors"), load_file(source / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == theirs.keys()
+    for name, tensor in written.items():
+        assert torch.equal(tensor, tuned.get(name, theirs[name]) if name != f"{DOWN}_blocks" else tensor), name
+    changed = (written[f"{DOWN}_blocks"] != theirs[f"{DOWN}_blocks"]).any(-1)  # (E, out, G)
+    assert changed.nonzero()[:, 0].unique().tolist() == [3]
+    assert not changed[3, :, 0].any()
+    kinds = {kind.name: kind for kind in quantized.against_base}
+    assert {name for name, kind in kinds.items() if kind.weights_changed} == {"experts.down_proj", "attention"}
+    down = kinds["experts.down_proj"]
+    assert (down.experts_changed, down.experts, down.blocks_changed) == (1, 12, int(changed.sum()))
+    assert (down.scales_changed, down.blocks) == (0, 12 * 64 * 3)
+    assert down.values_changed == int((experts_of(tmp_path / "out", DOWN) != experts_of(small, DOWN)).sum())
+    assert kinds["attention"].values_changed == int((tuned[attention] != theirs[attention]).sum())
+
+
+def test_nearest_writes_the_element_of_the_bases_grid_that_is_nearest_to_the_fine_tune(
+    tmp_path: Path, small: Path
+) -> None:
+    source = fine_tune(small, tmp_path / "bf16", noise(GATE_UP, 0.1, [0, 5]))
+    quantize(source, tmp_path / "out", like=small, rule="nearest")
+    asked, written = experts_of(source, GATE_UP).double(), experts_of(tmp_path / "out", GATE_UP).double()
+    scales = Checkpoint.open(small).tensor(f"{GATE_UP}_scales").double()
+    scale = torch.exp2(scales - 127).repeat_interleave(32, -1)
+    nearest = (asked.abs() / scale).unsqueeze(-1).sub(GRID).abs().amin(-1) * scale
+    assert torch.equal((written - asked).abs(), nearest)
+    assert bool((written != experts_of(small, GATE_UP).double()).any())
+
+
+def test_experts_are_rounded_under_the_names_of_an_export_so_that_both_write_the_same(
+    tmp_path: Path, small: Path
+) -> None:
+    source = fine_tune(small, tmp_path / "bf16", noise(DOWN, 0.05, [2, 4]))
+    asked, theirs, base = experts_of(source, DOWN), experts_of(small, DOWN), Checkpoint.open(small)
+    for rule in RULES:
+        quantize(source, tmp_path / rule, like=small, rule=rule, seed=9)
+        for expert in range(6):
+            name = f"{Target(1, 'down_proj').module}.{expert}"
+            delta = asked[expert] - theirs[expert]
+            expected = rounding.merge(base.expert_blocks(1, "down_proj", expert), delta, rule, seed=9, name=name)
+            assert torch.equal(Checkpoint.open(tmp_path / rule).expert_blocks(1, "down_proj", expert)[0], expected)
+
+
+def test_the_same_seed_gives_the_same_bytes_in_any_shards_and_another_seed_others(tmp_path: Path, small: Path) -> None:
+    source = fine_tune(small, tmp_path / "bf16", noise(DOWN, 0.05, [0, 1, 2, 3, 4, 5]))
+    for name, seed, limit in (("a", 1, 10**9), ("b", 1, 10**9), ("sharded", 1, 20_000), ("other", 2, 10**9)):
+        quantize(source, tmp_path / name, like=small, seed=seed, max_shard_bytes=limit)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    one, sharded, other = (Checkpoint.open(tmp_path / name) for name in ("a", "sharded", "other"))
+    assert all(torch.equal(one.tensor(name), sharded.tensor(name)) for name in one.names())
+    differing = [name for name in one.names() if not torch.equal(one.tensor(name), other.tensor(name))]
+    assert differing == [f"{DOWN}_blocks"]
+
+
+def test_a_change_smaller_than_half_a_step_is_kept_on_average_and_nearest_warns_that_it_is_lost(
+    tmp_path: Path, small: Path
+) -> None:
+    # The smallest scale of the random ones is 2**-7, half its smallest step 2**-9; bf16 has at least 2**-11 for its
+    # values below 1/16, so this change is written into most small weights of the fine-tune.
+    change = {name: torch.full(shape, 2.0**-10) for name, shape in ((DOWN, (6, 96, 64)), (GATE_UP, (6, 64, 192)))}
+    source = fine_tune(small, tmp_path / "bf16", change)
+    lost = "\n".join(summary_lines(quantize(source, tmp_path / "nearest", like=small, rule="nearest")))
+    assert "warning: 0% of experts.down_proj's delta was written" in lost
+    quantized = quantize(source, tmp_path / "stochastic", like=small)
+    asked, written, base = (experts_of(path, DOWN).double() for path in (source, tmp_path / "stochastic", small))
+    delta = asked - base
+    kept = float(((written - base) * delta).sum() / delta.square().sum())
+    (down,) = [one for one in quantized.fidelity if one.name == "experts.down_proj"]
+    assert down.kept == pytest.approx(kept, rel=1e-9)
+    # A draw with probability p of a step s has variance s² p (1 - p) < s d, here s <= 2**-3 * 2 (scale 2**-3, step 2).
+    assert abs(kept - 1) < 5 * (0.25 * float(delta.abs().pow(3).sum())) ** 0.5 / float(delta.square().sum())
+
+
+def test_a_base_that_is_not_the_fine_tunes_is_warned_of(tmp_path: Path, small: Path) -> None:
+    stranger = write_tiny(tmp_path / "stranger", SMALL, seed=1)
+    quantized = quantize(fine_tune(small, tmp_path / "bf16"), tmp_path / "out", like=stranger)
+    assert "is this the base it came from" in "\n".join(summary_lines(quantized))
+
+
+def test_tokens_that_a_fine_tune_added_do_not_matter_to_its_experts(tmp_path: Path, small: Path) -> None:
+    source = fine_tune(small, tmp_path / "bf16")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
+    save_file(tensors, source / "model.safetensors")
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(raw | {"vocab_size": 72}))
+    quantized = quantize(source, tmp_path / "out", like=small)
+    assert Checkpoint.open(tmp_path / "out").config.vocab_size == 72
+    assert [k.name for k in quantized.against_base if k.weights_changed] == ["embedding", "unembedding"]
+    assert torch.equal(experts_of(tmp_path / "out", DOWN), experts_of(small, DOWN))
+
+
+@pytest.mark.parametrize("changes", [{"num_local_experts": 8}, {"num_hidden_layers": 3}, {"sliding_window": 17}])
+def test_a_base_of_another_architecture_is_refused_with_the_fields_that_differ(
+    tmp_path: Path, small: Path, changes: dict[str, int]
+) -> None:
+    other = write_tiny(tmp_path / "other", tiny_config(**{"num_hidden_layers": 2, "vocab_size": 64} | changes))
+    source = fine_tune(small, tmp_path / "bf16")
+    with pytest.raises(UsageError, match=f"is no base of .*differ in {next(iter(changes))}"):
+        quantize(source, tmp_path / "out", like=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_fine_tune_or_no_base_is_refused(tmp_path: Path, small: Path) -> None:
+    source = fine_tune(small, tmp_path / "bf16")
+    with pytest.raises(UsageError, match=r"holds MXFP4 experts already.* Use --to hf"):
+        quantize(small, tmp_path / "out", like=small)
+    with pytest.raises(UsageError, match="holds bf16 experts, which have no scales to keep"):
+        quantize(source, tmp_path / "out", like=source)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="out exists"):
+        quantize(source, tmp_path / "out", like=small)
+    quantize(source, tmp_path / "out", like=small, overwrite=True)
+    assert Checkpoint.open(tmp_path / "out").experts == "mxfp4"
+
+
+@pytest.mark.parametrize("like", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_an_error_naming_tensor_and_expert(
+    tmp_path: Path, small: Path, like: bool, value: float
+) -> None:
+    change = noise(GATE_UP, 0.0, [])
+    change[GATE_UP][4, 7, 9] = value
+    source = fine_tune(small, tmp_path / "bf16", change)
+    with pytest.raises(DataError, match=rf"{re.escape(GATE_UP)}, expert 4: 1 of 12288 values are NaN or infinite"):
+        quantize(source, tmp_path / "out", like=small if like else None)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "bf16"}
+
+
+def test_a_base_whose_scale_is_nan_is_an_error_naming_tensor_and_expert(tmp_path: Path, small: Path) -> None:
+    source = fine_tune(small, tmp_path / "bf16")
+    tensors = random_tensors(SMALL, "mxfp4")
+    tensors[f"{DOWN}_scales"][2, 0, 0] = 255
+    save_file(tensors, small / "model.safetensors")
+    with pytest.raises(DataError, match=rf"{re.escape(DOWN)}, expert 2: .* scale bytes of 253 or more"):
+        quantize(source, tmp_path / "out", like=small)

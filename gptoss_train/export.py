@@ -232,8 +232,10 @@ def _report(format: Format, rule: Rule, survival: list[Survival], measured: Meas
     report: dict[str, object] = {"format": format}
     if format == "mxfp4":
         report |= {"rounding": rule.rounding, "seed": rule.seed, "bias_correction": rule.calibration is not None}
-    for name, models in (measured or {}).items():
-        report[f"measured on {name}"] = models
+    if measured is not None:  # as tables of the HTML report: models by loss, then sets of samples by what they cost
+        for name, models in measured.items():
+            report[f"losses on {name}"] = {model: models[model] for model in ("base", "merge", "export")}
+        report["compared"] = {name: models["compared"] for name, models in measured.items()}
     return report | {"kinds": summary(survival), "weights": [item.to_json() for item in survival]}
 
 
@@ -305,9 +307,10 @@ def print_summary(result: Result) -> None:
     for name, models in (result.measured or {}).items():
         base, merge, export = (models[model]["loss"] for model in ("base", "merge", "export"))
         compared = models["compared"]
+        kept = f"; kept {compared['gain_kept']:.1%} of the gain" if "gain_kept" in compared else ""
         print(
             f"  loss on {name}: base {base:.4f}, merge {merge:.4f}, export {export:.4f} "
-            f"({compared['loss_increase']:+.4f}; kept {compared['gain_kept']:.1%} of the gain), "
+            f"({compared['loss_increase']:+.4f}{kept}), "
             f"KL to the merge {compared['kl_to_merge']:.4f}, {compared['labels']:.0f} labels",
             file=sys.stderr,
         )
@@ -348,8 +351,8 @@ def warnings(result: Result) -> Iterator[str]:
             "rounds nothing"
         )
     for name, models in (result.measured or {}).items():
-        kept = models["compared"]["gain_kept"]
-        if models["compared"]["gain"] > 0 and name == "task" and not KEPT_GAIN[0] <= kept <= KEPT_GAIN[1]:
+        kept = models["compared"].get("gain_kept", 1.0)
+        if name == "task" and not KEPT_GAIN[0] <= kept <= KEPT_GAIN[1]:
             yield (
                 f"the export kept {kept:.1%} of the gain on {name}"
                 + (": more than all of it is another update, not a better one" if kept > 1 else "")

@@ -105,10 +105,11 @@ class Reference:
                     "labels": float(len(losses.losses)),
                     "loss_increase": export["loss"] - merge["loss"],
                     "gain": gain,
-                    "gain_kept": (base["loss"] - export["loss"]) / gain if gain else float("nan"),
                     "kl_to_merge": divergence,
                 },
             }
+            if gain > 0:  # of what the fine-tune was for; on other data there is none to keep
+                found[name]["compared"]["gain_kept"] = (base["loss"] - export["loss"]) / gain
         return found
 
     def measure_directory(self, directory: Path) -> Measured:

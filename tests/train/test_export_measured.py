@@ -177,7 +177,8 @@ def test_losses_and_divergence_are_those_of_the_full_distributions(
     assert compared["kl_to_merge"] == pytest.approx(float(divergence), rel=1e-3)
     assert compared["labels"] == len(code)
     report = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert report["measured on task"] == measured["task"]
+    assert report["losses on task"] == {name: measured["task"][name] for name in models}
+    assert report["compared"]["task"] == compared
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
@@ -233,7 +234,7 @@ def test_a_run_whose_data_is_gone_is_exported_unmeasured_and_said_so(
     output = finish("export", tmp_path / "run", tmp_path / "out", "--seed", "3")
     assert "train.jsonl, the run's held-out data, is not there" in output
     assert "last steps were trained for {'rounding': " in output
-    assert "measured on task" not in json.loads((tmp_path / "out/export.json").read_text())
+    assert "compared" not in json.loads((tmp_path / "out/export.json").read_text())
 
 
 def test_a_peers_adapter_without_a_base_is_told_to_name_one(

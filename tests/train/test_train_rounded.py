@@ -114,8 +114,8 @@ def test_a_run_that_ends_rounded_exports_what_it_validated(
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     validated = [record["val/loss"] for record in records if "val/loss" in record]
     report = json.loads((tmp_path / "run/model/export.json").read_text())
-    assert report["measured on task"]["export"]["loss"] == pytest.approx(validated[-1], rel=1e-6)
-    assert report["measured on task"]["merge"]["loss"] != pytest.approx(validated[-1], rel=1e-6)
+    assert report["losses on task"]["export"]["loss"] == pytest.approx(validated[-1], rel=1e-6)
+    assert report["losses on task"]["merge"]["loss"] != pytest.approx(validated[-1], rel=1e-6)
     assert not report["bias_correction"], "what learned to live with the errors keeps them"
     assert Checkpoint.open(tmp_path / "run/model").experts == "mxfp4"
 

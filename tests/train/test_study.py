@@ -1,0 +1,106 @@
+"""`gptoss-train study`: what it measures in memory is what an export writes, and a stopped study goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptoss_infer.adapter import write_adapter
+from gptoss_infer.checkpoint import Checkpoint
+from gptoss_infer.errors import UsageError
+from gptoss_infer.rounding import Rounding
+from gptoss_train import study as module
+from gptoss_train.calibration import collect
+from gptoss_train.data import load_dataset
+from gptoss_train.export import Rule, export
+from gptoss_train.measure import Reference, Runtime
+from gptoss_train.recipe import Data
+from gptoss_train.study import Grid, read_cells, study, summarize
+
+
+@pytest.fixture
+def data(recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    recipe()
+    return tmp_path / "train.jsonl"
+
+
+@pytest.fixture
+def grid(tiny_base: Path, data: Path) -> Grid:
+    tasks = {"copy": (str(data), str(data))}
+    return Grid(str(tiny_base), tasks, str(data), (0.01,), 1, 2, 3, 1, 256, 2, "float32", "cpu")
+
+
+@pytest.mark.parametrize("rule", ["nearest", "stochastic", "systematic"])
+def test_what_is_measured_in_memory_is_what_the_export_on_disk_gives(
+    rule: Rounding, grid: Grid, data: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(grid.checkpoint)
+    dataset = load_dataset(data, Data(train="given"))
+    trainer = module._trainer(grid, checkpoint, dataset, grid.recipe(0.01, 0, 3))
+    module._do_steps(trainer)
+    adapter = module._adapter(trainer)
+    reference = Reference.of(checkpoint, adapter, {"task": dataset.samples}, Runtime("cpu", torch.float32, 256))
+    calibration = collect(trainer.model, dataset.samples, 256, 10**6)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", adapter, checkpoint.config)
+    written = export(
+        tmp_path / "adapter", grid.checkpoint, tmp_path / "out", rule=Rule(rule, 1, calibration), reference=reference
+    ).measured
+    assert written is not None
+    with module._written(trainer, rule, 1, calibration):
+        in_memory = reference.measure(trainer.model)
+    assert in_memory["task"]["export"]["loss"] == pytest.approx(written["task"]["export"]["loss"], rel=1e-6)
+    again = reference.measure(trainer.model)
+    assert again["task"]["export"]["loss"] == pytest.approx(again["task"]["merge"]["loss"], rel=1e-6), "all restored"
+
+
+def test_a_study_measures_every_method_and_goes_on_where_it_stopped(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "study"
+    first = study(grid, out)
+    methods = {row["method"]: row for row in first["rows"]}
+    assert {"merge", "nearest", "stochastic", "stochastic+bias", "systematic", "control", "trained"} <= methods.keys()
+    assert methods["merge"]["kept"]["mean"] == pytest.approx(1)
+    (cell,) = read_cells(out)
+    assert sum(result["method"] == "stochastic" for result in cell["results"]) == grid.draws
+    losses = [r["task"]["export"]["loss"] for r in cell["results"] if r["method"] in ("merge", "stochastic")]
+    assert len(set(losses)) == 3, "each draw is another"
+    more = study(replace(grid, seeds=2), out)
+    assert len(read_cells(out)) == 2
+    assert read_cells(out)[0] == cell, "what was done is not done again"
+    assert all(row["cells"] == 2 for row in more["rows"])
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(more))
+    with pytest.raises(UsageError, match="holds a study with other settings"):
+        study(replace(grid, steps=4), out)
+
+
+def test_kept_is_the_share_of_the_gain_and_trained_is_held_against_its_control() -> None:
+    def result(method: str, task: float, unrelated: float) -> dict[str, object]:
+        base, merge = {"loss": 3.0}, {"loss": 1.0}
+        return {
+            "method": method, "draw": 0,
+            "task": {"base": base, "merge": merge, "export": {"loss": task, "exact": 0.5}, "compared": {"gain": 2.0}},
+            "unrelated": {"base": base, "export": {"loss": unrelated, "exact": 0.5}},
+        }  # fmt: skip
+
+    results = [
+        result("merge", 1.0, 2.0), result("stochastic", 1.1, 2.01), result("stochastic", 1.3, 2.03),
+        result("control", 0.5, 2.2), result("trained", 1.0, 2.5),
+    ]  # fmt: skip
+    cell = {"task": "t", "rate": 1e-3, "seed": 0, "seconds": 1.0, "delta_to_base": 0.01, "results": results}
+    rows = {row["method"]: row for row in summarize([cell])["rows"]}
+    assert rows["stochastic"]["kept"]["mean"] == pytest.approx((0.95 + 0.85) / 2)
+    assert rows["stochastic"]["unrelated_increase"]["mean"] == pytest.approx(0.02)
+    assert rows["trained"]["kept"]["mean"] == pytest.approx(2.0 / 2.5)
+    assert rows["trained"]["unrelated_increase"]["mean"] == pytest.approx(0.3)
+
+
+def test_the_command_says_what_a_task_must_look_like(finish: Callable[..., str], tmp_path: Path) -> None:
+    assert "expected NAME=TRAIN.jsonl,HELDOUT.jsonl" in finish("study", tmp_path / "s", "--task", "x=one", code=2)
+    assert "expected numbers such as" in finish("study", tmp_path / "s", "--rates", "fast", code=2)

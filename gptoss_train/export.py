@@ -30,10 +30,8 @@ from gptoss_train.measure import Measured, Reference
 
 Format = Literal["mxfp4", "bf16", "adapter"]
 REPORT = "export.json"
-KEPT = (
-    0.9,
-    1.1,
-)  # shares of a kind of weight's delta that are no reason to warn; more is another, not a better, update
+CACHED_VALUES = 2**18  # accounted for at a time: 1 MiB of fp32
+KEPT = (0.9, 1.1)  # shares of a kind of weight's delta that are no reason to warn; more of it is another update
 KEPT_GAIN = (0.98, 1.02)  # and of the gain in loss; below, or above by chance or by a wrong update
 
 
@@ -70,14 +68,18 @@ class Survival:
 
     def add(self, base: Tensor, delta: Tensor, written: Tensor) -> None:
         """Account for one matrix, all in one shape."""
-        base, delta, written = base.float(), delta.float(), written.float()
-        moved = written - base
         self.values += base.numel()
-        self.changed += int((moved != 0).sum())
-        self.delta_squared += float(delta.double().square().sum())
-        self.base_squared += float(base.double().square().sum())
-        self.along += float((moved.double() * delta.double()).sum())
-        self.residual_squared += float((moved.double() - delta.double()).square().sum())
+        size = max(1, CACHED_VALUES // base.shape[-1])
+        parts = zip(*(tensor.flatten(0, -2).split(size) for tensor in (base, delta, written)), strict=True)
+        for w, d, q in parts:  # some rows that stay in a core's cache
+            w, d = w.float(), d.float()
+            moved = q.float() - w
+            self.changed += int(moved.count_nonzero())
+            self.delta_squared += _dot(d, d)
+            self.base_squared += _dot(w, w)
+            self.along += _dot(moved, d)
+            moved -= d
+            self.residual_squared += _dot(moved, moved)
 
     @property
     def kept(self) -> float:
@@ -101,6 +103,11 @@ class Survival:
             "residual": self.residual,
             **{key: value for key, value in asdict(self).items() if key != "name"},
         }
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Return <a, b> of two matrices: rows in fp32, their sum in fp64."""
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
 class _Merge:

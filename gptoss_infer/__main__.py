@@ -127,7 +127,7 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     convert.add_argument(
         "--rounding", choices=("stochastic", "systematic", "nearest"),
-        help="with --like: how changes are rounded (stochastic); nearest loses those under half a step",
+        help="with --like: how changes are rounded (systematic); nearest loses those under half a step",
     )  # fmt: skip
     convert.add_argument("--seed", type=int, metavar="N", help="with --like: of the rounding (0)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
@@ -284,6 +284,7 @@ def _check_convert(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    from gptoss_infer import rounding
     from gptoss_infer.checkpoint import resolve
     from gptoss_infer.checkpoint.quantize import quantize, summary_lines
 
@@ -300,7 +301,7 @@ def _quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         source,
         arguments.target,
         like=base,
-        rule=arguments.rounding or "stochastic",
+        rule=arguments.rounding or rounding.DEFAULT,
         seed=arguments.seed or 0,
         notify=lambda line: print(line, file=sys.stderr),
         **options,

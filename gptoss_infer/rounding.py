@@ -43,6 +43,10 @@ from torch import Tensor
 from gptoss_infer.mxfp4 import BLOCK, SCALE_BIAS, SCALE_NAN, check_pair, pair_values
 
 Rounding = Literal["nearest", "stochastic", "systematic"]
+# In `gptoss-train study` on the built-in model (3 tasks, 4 sizes of delta from 0.008% to 1.9% of |W|, 2 training seeds,
+# 3 draws) it kept as much of the gain as `stochastic`, within the intervals, and added a fifth as much loss on other
+# data at 1.9% (0.00004 nats); its written delta varies less, and nothing that was measured is worse.
+DEFAULT: Rounding = "systematic"
 MAX_COMPENSATION = 2.0
 CHUNK_VALUES = 2**19  # worked on at a time, in whole rows: 2 MiB of fp32, so that the passes over them stay in cache
 BITS = 26  # of fixed point, which leaves int32 room for the largest number in play: 6 + 13

@@ -39,7 +39,7 @@ KEPT_GAIN = (0.98, 1.02)  # and of the gain in loss; below, or above by chance o
 class Rule:
     """How deltas become MXFP4."""
 
-    rounding: Rounding = "stochastic"
+    rounding: Rounding = rounding.DEFAULT
     seed: int = 0
     calibration: Calibration | None = None
 
@@ -201,7 +201,8 @@ def export(
 
     Args:
         rule: how deltas are rounded (MXFP4 only).
-        reference: base and merge on held-out samples; what was written is then measured on them too.
+        reference: base and merge on held-out samples; what was written is then measured on them too (MXFP4 only: a bf16
+            merge is the merge, and in fp32 too large to measure).
     Returns: what survived; also written to `target/export.json` unless nothing changed.
     Raises: DataError if the adapter does not fit, would be dropped in part, or changes nothing and `allow_unchanged` is
         False; with it, the copy is byte-identical. UsageError for a format that the base cannot give.
@@ -279,7 +280,7 @@ def _check(merge: _Merge, adapter: Adapter, allow_unchanged: bool) -> None:
     if not any(item.changed for item in merge.survival.values()) and not allow_unchanged:
         cause = (
             "rounding to nearest lost every delta: all are smaller than half a step of the grid. Use "
-            "--rounding stochastic, or export --format bf16"
+            "--rounding systematic, or export --format bf16"
             if trained
             else "the adapter is all zeros: it was not trained"
         )
@@ -354,7 +355,7 @@ def warnings(result: Result) -> Iterator[str]:
     if off:
         yield (
             f"{' and '.join(off)} delta was written: this checkpoint is not what was trained. Use --rounding "
-            "stochastic, serve the adapter over its base, export --format bf16, or train with lora.experts=[], which "
+            "systematic, serve the adapter over its base, export --format bf16, or train with lora.experts=[], which "
             "rounds nothing"
         )
     for name, models in (result.measured or {}).items():

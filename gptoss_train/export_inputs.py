@@ -128,5 +128,4 @@ def reference_of(recipe: Recipe, base: Path, adapter: Path) -> Reference | None:
     if not samples:
         return None
     device = str(pick_device(recipe.model.device))
-    runtime = Runtime(device, DTYPES[recipe.model.dtype], recipe.train.pack_tokens)
-    return Reference.of(Checkpoint.open(base), adapter, samples, runtime)
+    return Reference.of(Checkpoint.open(base), adapter, samples, Runtime(device, recipe.train.pack_tokens))

@@ -1,6 +1,8 @@
 """What an export costs: held-out loss per channel of base, merge and export, and how far the export's answers are off.
 
-The merge is the base with its adapter unmerged, which is exact. The models are in memory one after another; of the
+The merge is the base with its adapter unmerged, computed in fp32, which is exact. (In bf16 it is not: what an adapter
+adds to a rounded output is lost where it is less than half of its last place, so that an export of a small delta looked
+better than what it was made of.) The models are in memory one after another; of the
 merge only final hidden states are kept, so that the divergence to it needs no second model: KL(merge || export) in nats
 per labelled token, from both models' full distributions. Used by `gptoss_train.export` and by the study.
 """
@@ -34,7 +36,6 @@ class Runtime(NamedTuple):
     """How the models compute."""
 
     device: str
-    dtype: torch.dtype
     pack_tokens: int
 
 
@@ -81,7 +82,7 @@ class Reference:
     ) -> Reference:
         """Run the base without and with its adapter over every set of samples."""
         packs = {name: _packs(some, runtime.pack_tokens) for name, some in samples.items()}
-        model = load(checkpoint, device=runtime.device, dtype=runtime.dtype, experts=checkpoint.experts)
+        model = _load(checkpoint, runtime)
         load_adapter(model, adapter)
         with disabled(model):
             base = {name: _losses(model, some)[0] for name, some in packs.items()}
@@ -114,9 +115,11 @@ class Reference:
 
     def measure_directory(self, directory: Path) -> Measured:
         """Load an export and return what `measure` returns."""
-        checkpoint = Checkpoint.open(directory)
-        runtime = self.runtime
-        return self.measure(load(checkpoint, device=runtime.device, dtype=runtime.dtype, experts=checkpoint.experts))
+        return self.measure(_load(Checkpoint.open(directory), self.runtime))
+
+
+def _load(checkpoint: Checkpoint, runtime: Runtime) -> GptOss:
+    return load(checkpoint, device=runtime.device, dtype=torch.float32, experts=checkpoint.experts)
 
 
 def _packs(samples: list[Sample], pack_tokens: int) -> list[PackedBatch]:

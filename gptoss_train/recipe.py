@@ -282,7 +282,7 @@ class Export(_Section):
         default=("mxfp4",), description="checkpoints to write; may be empty"
     )
     rounding: Literal["stochastic", "systematic", "nearest"] = Field(
-        default="stochastic", description="how expert deltas are rounded to MXFP4, on the scales of the base"
+        default="systematic", description="how expert deltas are rounded to MXFP4, on the scales of the base"
     )
     seed: int = Field(default=0, ge=0, description="seed of the rounding")
     calibration_tokens: int = Field(

@@ -31,7 +31,6 @@ from gptoss_infer import mxfp4, rounding
 from gptoss_infer.adapter import Adapter, Factors, Target
 from gptoss_infer.checkpoint import Checkpoint, resolve
 from gptoss_infer.errors import UsageError
-from gptoss_infer.loading import DTYPES
 from gptoss_infer.lora import LoraExpertLinear, factors_of
 from gptoss_infer.rounding import Rounding
 from gptoss_train import builtin
@@ -152,20 +151,19 @@ def _cell(grid: Grid, checkpoint: Checkpoint, task: str, rate: float, seed: int)
     trainer = _trainer(grid, checkpoint, train, grid.recipe(rate, seed, grid.steps))
     _do_steps(trainer)
     trained = _snapshot(trainer)
-    reference = Reference.of(
-        checkpoint, _adapter(trainer), samples, Runtime(str(trainer.model.device), DTYPES[grid.dtype], grid.pack_tokens)
-    )
+    runtime = Runtime(str(trainer.model.device), grid.pack_tokens)
+    reference = Reference.of(checkpoint, _adapter(trainer), samples, runtime)
     calibration = collect(trainer.model, train.samples, grid.pack_tokens, 32768)
-    results = [{"method": "merge", "draw": 0, **reference.measure(trainer.model)}]
+    results = [{"method": "merge", "draw": 0, **_measured(reference, trainer)}]
     for method in (*RULES, *(f"{rule}+bias" for rule in RULES)):
         rule, _, bias = method.partition("+")
         for draw in range(1 if rule == "nearest" else grid.draws):
             with _written(trainer, rule, draw, calibration if bias else None):
-                results.append({"method": method, "draw": draw, **reference.measure(trainer.model)})
+                results.append({"method": method, "draw": draw, **_measured(reference, trainer)})
     if importlib.util.find_spec("torchao") is not None:
         for method in PEERS:
             with _written(trainer, method, 0, None):
-                results.append({"method": method, "draw": 0, **reference.measure(trainer.model)})
+                results.append({"method": method, "draw": 0, **_measured(reference, trainer)})
     if grid.more_steps:
         results += _more_steps(grid, checkpoint, trainer, trained, reference, rate, seed)
     return {"delta_to_base": _delta_to_base(trainer, trained), "results": results}
@@ -191,10 +189,10 @@ def _more_steps(
             )
             _do_steps(again)
             if method == "control":
-                yield {"method": method, "draw": draw, **reference.measure(trainer.model)}
+                yield {"method": method, "draw": draw, **_measured(reference, trainer)}
                 continue
             with _written(trainer, recipe.export.rounding, draw, None):
-                yield {"method": method, "draw": draw, **reference.measure(trainer.model)}
+                yield {"method": method, "draw": draw, **_measured(reference, trainer)}
     _restore(trainer, trained)
 
 
@@ -220,6 +218,19 @@ def _restore(trainer: Trainer, factors: dict[Target, Factors]) -> None:
         pair.b.copy_(factors[target].b)
     for _, module in _experts(trainer):
         module.rounded = None
+
+
+def _measured(reference: Reference, trainer: Trainer) -> Measured:
+    """Measure the trainer's model as it is now, computing in fp32 whatever it trains in."""
+    narrow = [parameter for parameter in trainer.model.parameters() if parameter.dtype != torch.float32]
+    dtypes = [parameter.dtype for parameter in narrow]
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        return reference.measure(trainer.model)
+    finally:
+        for parameter, dtype in zip(narrow, dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)  # as it was: every bf16 is an fp32
 
 
 def _adapter(trainer: Trainer) -> Adapter:

@@ -101,7 +101,7 @@ def quantize(
     target: Path,
     *,
     like: str | Path | None = None,
-    rule: Rounding = "stochastic",
+    rule: Rounding = rounding.DEFAULT,
     seed: int = 0,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,

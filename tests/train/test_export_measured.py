@@ -27,7 +27,7 @@ from gptoss_train.measure import Reference, Runtime
 
 CONFIG = tiny_config(num_hidden_layers=2, vocab_size=96)
 TARGETS = [Target(layer, weight) for layer in range(2) for weight in (*ATTENTION, *EXPERTS)]
-RUNTIME = Runtime("cpu", torch.float32, 64)
+RUNTIME = Runtime("cpu", 64)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
+from gptoss_infer import rounding
 from gptoss_infer.adapter import write_adapter
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import UsageError
@@ -19,7 +19,7 @@ from gptoss_train.calibration import collect
 from gptoss_train.data import load_dataset
 from gptoss_train.export import Rule, export
 from gptoss_train.measure import Reference, Runtime
-from gptoss_train.recipe import Data
+from gptoss_train.recipe import Data, Recipe
 from gptoss_train.study import Grid, read_cells, study, summarize
 
 
@@ -44,7 +44,7 @@ def test_what_is_measured_in_memory_is_what_the_export_on_disk_gives(
     trainer = module._trainer(grid, checkpoint, dataset, grid.recipe(0.01, 0, 3))
     module._do_steps(trainer)
     adapter = module._adapter(trainer)
-    reference = Reference.of(checkpoint, adapter, {"task": dataset.samples}, Runtime("cpu", torch.float32, 256))
+    reference = Reference.of(checkpoint, adapter, {"task": dataset.samples}, Runtime("cpu", 256))
     calibration = collect(trainer.model, dataset.samples, 256, 10**6)
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", adapter, checkpoint.config)
@@ -78,6 +78,10 @@ def test_a_study_measures_every_method_and_goes_on_where_it_stopped(
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(more))
     with pytest.raises(UsageError, match="holds a study with other settings"):
         study(replace(grid, steps=4), out)
+
+
+def test_a_recipe_rounds_as_the_study_found_best() -> None:
+    assert Recipe.model_fields["export"].default.rounding == rounding.DEFAULT == Rule().rounding
 
 
 def test_kept_is_the_share_of_the_gain_and_trained_is_held_against_its_control() -> None:

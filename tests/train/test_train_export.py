@@ -100,7 +100,7 @@ def test_an_untrained_adapter_is_refused_and_nothing_is_written(
 
 def test_a_rounding_that_loses_everything_is_refused_with_its_cause(tmp_path: Path, base: Path) -> None:
     experts = [Target(0, "gate_up_proj"), Target(1, "down_proj")]
-    with pytest.raises(DataError, match=r"rounding to nearest lost every delta.*--rounding stochastic"):
+    with pytest.raises(DataError, match=r"rounding to nearest lost every delta.*--rounding systematic"):
         export(random_adapter(experts, size=1e-4), base, tmp_path / "out", rule=Rule("nearest"))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

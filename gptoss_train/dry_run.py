@@ -50,6 +50,11 @@ class StepMemory(NamedTuple):
         """Peak on the device."""
         return self.weights + self.adapters + self.kept + self.passing
 
+    @property
+    def num_factors(self) -> int:
+        """Trained values: each takes four times 4 bytes."""
+        return self.adapters // 16
+
 
 def dry_run(
     recipe: Recipe,
@@ -130,11 +135,6 @@ def _model(recipe: Recipe, config: ModelConfig) -> GptOss:
             if isinstance(module, LoraExpertLinear):
                 module.rounded = torch.empty_like(module.base_layer.blocks)
     return model.train()
-
-
-def factor_elements(recipe: Recipe, config: ModelConfig) -> int:
-    """Return the number of trained values."""
-    return sum(parameter.numel() for parameter in _model(recipe, config).parameters() if parameter.requires_grad)
 
 
 def _input(documents: Sequence[int]) -> tuple[Tensor, Tensor]:

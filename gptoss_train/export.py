@@ -25,7 +25,7 @@ from gptoss_infer.checkpoint.convert import write_bf16
 from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES
 from gptoss_infer.errors import DataError, UsageError
 from gptoss_infer.rounding import Rounding
-from gptoss_train.calibration import Calibration, mean_shift
+from gptoss_train.calibration import MIN_TOKENS, Calibration, mean_shift
 from gptoss_train.measure import Measured, Reference
 
 Format = Literal["mxfp4", "bf16", "adapter"]
@@ -60,6 +60,7 @@ class Survival:
     changed: int = 0  # values of Q that differ from W
     blocks: int = 0  # of 32, if the weight is MXFP4
     blocks_changed: int = 0
+    experts: int = 0
     experts_with_bias: int = 0  # whose bias took back the mean error
     delta_squared: float = 0.0  # |D|²
     base_squared: float = 0.0  # |W|²
@@ -161,6 +162,7 @@ class _Merge:
             values = mxfp4.decode(*base, torch.float32)
             written = mxfp4.decode(new_blocks[expert], scales[expert], torch.float32)
             survival.add(values, delta, written)
+            survival.experts += 1
             survival.blocks += scales[expert].numel()
             survival.blocks_changed += int((new_blocks[expert] != blocks[expert]).any(-1).sum())
             mean = None if self.rule.calibration is None else self.rule.calibration.mean(target, expert)
@@ -357,6 +359,12 @@ def warnings(result: Result) -> Iterator[str]:
             f"{' and '.join(off)} delta was written: this checkpoint is not what was trained. Use --rounding "
             "systematic, serve the adapter over its base, export --format bf16, or train with lora.experts=[], which "
             "rounds nothing"
+        )
+    experts, with_bias = (sum(getattr(item, name) for item in survival) for name in ("experts", "experts_with_bias"))
+    if 0 < with_bias < experts:
+        yield (
+            f"{experts - with_bias} of {experts} expert weights keep the mean of their rounding errors: they were not "
+            f"adapted, or the expert saw fewer than {MIN_TOKENS} tokens of calibration; collect more"
         )
     for name, models in (result.measured or {}).items():
         kept = models["compared"].get("gain_kept", 1.0)

@@ -81,6 +81,8 @@ def plan_export(
     recipe = Recipe.model_validate(sections)
     calibration = calibration_of(recipe, source, checkpoint, adapter, calibrate)
     rule = Rule(recipe.export.rounding, recipe.export.seed, calibration)
+    if measure and calibration is None and not recipe.train.rounded_steps:
+        print("biases keep the mean of the rounding errors: --calibrate JSONL takes it back", file=sys.stderr)
     reference = reference_of(recipe, checkpoint, adapter) if measure else None
     return Planned(adapter, checkpoint, rule, reference, recipe.export.max_loss_increase)
 
@@ -126,6 +128,8 @@ def reference_of(recipe: Recipe, base: Path, adapter: Path) -> Reference | None:
         unrelated = load_dataset(builtin.path(settings.unrelated), data.model_copy(update={"max_tokens": None}))
         samples["unrelated"] = some_of(unrelated.samples, settings.measure_tokens)
     if not samples:
+        if settings.measure_tokens:
+            print("no held-out data: base, merge and export are not compared", file=sys.stderr)
         return None
     device = str(pick_device(recipe.model.device))
     return Reference.of(Checkpoint.open(base), adapter, samples, Runtime(device, recipe.train.pack_tokens))

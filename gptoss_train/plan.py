@@ -24,11 +24,10 @@ from gptoss_infer.checkpoint.layouts import ExpertFormat, expected_shapes
 from gptoss_infer.config import ModelConfig, published
 from gptoss_infer.errors import UsageError
 from gptoss_infer.loading import DTYPES
-from gptoss_infer.lora import all_targets
 from gptoss_train import addition, builtin, devices
 from gptoss_train.data import Dataset, load_splits
 from gptoss_train.devices import Gpu
-from gptoss_train.dry_run import StepMemory, dry_run, factor_elements
+from gptoss_train.dry_run import StepMemory, dry_run
 from gptoss_train.flops import LoraShape, step_flops
 from gptoss_train.packing import Plan
 from gptoss_train.progress import peak_memory_bytes
@@ -120,9 +119,6 @@ def predict(recipe: Recipe, device: str | None = None) -> Prediction:
     gpu = _gpu(recipe, device)
     resident = peak_memory_bytes(torch.device("cpu"))
     workload, notes = _workload(recipe)
-    if recipe.lora.layers != "all":
-        all_targets(config.num_hidden_layers, recipe.lora.weights, recipe.lora.layers)  # refuses what there is not
-    num_factors = factor_elements(recipe, config)
     if recipe.model.checkpoint.startswith(builtin.PREFIX):
         notes.append("most rows of this model's unembedding are equal and trained as one: it is faster than this")
 
@@ -140,11 +136,11 @@ def predict(recipe: Recipe, device: str | None = None) -> Prediction:
         "cpu" if gpu is None else gpu.name,
         float(_main_memory()) if gpu is None else gpu.memory_bytes,
         need,
-        num_factors,
+        need.step.num_factors,
         workload,
         peak,
         CPU_UTILISATION if gpu is None else GPU_UTILISATION,
-        _disk(recipe, config, stored, num_factors),
+        _disk(recipe, config, stored, need.step.num_factors),
         shutil.disk_usage(existing).free,
         levers,
         notes,
@@ -213,9 +209,8 @@ def need_of(recipe: Recipe, config: ModelConfig, workload: Workload, *, gpu: boo
     Args:
         resident: bytes that Python, torch and peft take in a process of this program before it loads anything.
     """
-    num_factors = factor_elements(recipe, config)
     step = dry_run(recipe, config, workload.documents, workload.num_labels, gpu=gpu)
-    copy = 3 * FACTOR_BYTES * num_factors if recipe.checkpoint.background else 0
+    copy = 3 * FACTOR_BYTES * step.num_factors if recipe.checkpoint.background else 0
     if not gpu:
         # What an offloaded layer input or a host's embedding takes is main memory all the same.
         beside = CPU_LIBRARY_BYTES[recipe.model.dtype] + CPU_FRAGMENTATION * (step.device - step.weights)

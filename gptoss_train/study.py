@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,8 @@ def study(grid: Grid, out: Path) -> dict[str, Any]:
         builtin.prepare(grid.recipe(1e-3, 0, 1))
     base = builtin.checkpoint(grid.checkpoint) or resolve(grid.checkpoint)
     todo = [cell for cell in grid.cells() if cell not in done]
+    if todo and not has_peers():
+        print("torchao is not installed: the peers' rules are left out", file=sys.stderr)
     for number, (task, rate, seed) in enumerate(todo, start=1):
         started = time.perf_counter()
         results = _cell(grid, Checkpoint.open(base), task, rate, seed)
@@ -126,19 +128,33 @@ def study(grid: Grid, out: Path) -> dict[str, Any]:
     return summary
 
 
+def has_peers() -> bool:
+    """Whether the peers' own code is here."""
+    return importlib.util.find_spec("torchao") is not None
+
+
 def read_cells(out: Path) -> list[dict[str, Any]]:
-    """Return the cells that are done."""
+    """Return the cells that are done; one that a kill cut short is taken out of the file, to be done again."""
     path = out / CELLS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    whole, newline, cut = path.read_text().rpartition("\n")
+    if cut:
+        print(f"the last cell of {path} was cut short: it will be done again", file=sys.stderr)
+        path.write_text(whole + newline)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _same_grid(grid: Grid, path: Path) -> None:
-    """Note the grid, or refuse one whose cells would not belong to those that are there."""
-    fixed = {key: value for key, value in grid.__dict__.items() if key not in ("tasks", "rates", "seeds")}
-    text = json.dumps(fixed, indent=2, default=str) + "\n"
-    if path.exists() and path.read_text() != text:
+    """Note the grid, or refuse one whose cells would not belong to those that are there: tasks, rates and training
+    seeds may be added."""
+    now = json.loads(json.dumps(asdict(grid)))
+    before = json.loads(path.read_text()) if path.exists() else now
+    same = [key for key in now if key not in ("tasks", "rates", "seeds")]
+    tasks = before["tasks"] | now["tasks"]
+    if any(now[key] != before[key] for key in same) or tasks != now["tasks"] | before["tasks"]:
         raise UsageError(f"{path.parent} holds a study with other settings (see {path.name}); choose another directory")
-    path.write_text(text)
+    path.write_text(json.dumps(now | {"tasks": tasks}, indent=2) + "\n")
 
 
 def _cell(grid: Grid, checkpoint: Checkpoint, task: str, rate: float, seed: int) -> dict[str, Any]:
@@ -160,25 +176,20 @@ def _cell(grid: Grid, checkpoint: Checkpoint, task: str, rate: float, seed: int)
         for draw in range(1 if rule == "nearest" else grid.draws):
             with _written(trainer, rule, draw, calibration if bias else None):
                 results.append({"method": method, "draw": draw, **_measured(reference, trainer)})
-    if importlib.util.find_spec("torchao") is not None:
+    if has_peers():
         for method in PEERS:
             with _written(trainer, method, 0, None):
                 results.append({"method": method, "draw": 0, **_measured(reference, trainer)})
     if grid.more_steps:
-        results += _more_steps(grid, checkpoint, trainer, trained, reference, rate, seed)
+        results += _more_steps(grid, trainer, trained, reference)
     return {"delta_to_base": _delta_to_base(trainer, trained), "results": results}
 
 
 def _more_steps(
-    grid: Grid,
-    checkpoint: Checkpoint,
-    trainer: Trainer,
-    trained: dict[Target, Factors],
-    reference: Reference,
-    rate: float,
-    seed: int,
+    grid: Grid, trainer: Trainer, trained: dict[Target, Factors], reference: Reference
 ) -> Iterator[dict[str, Any]]:
     """Yield the control, plain steps, and the same steps with rounded experts, from what was trained."""
+    rate, seed = trainer.recipe.optim.lr, trainer.recipe.train.seed
     for method, draws in (("control", 1), ("trained", grid.draws)):
         for draw in range(draws):
             _restore(trainer, trained)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from gptoss_infer.adapter import Adapter, Factors, Target, zero_like
 from gptoss_infer.checkpoint.layouts import expected_shapes
 from gptoss_infer.config import ModelConfig, RopeConfig, to_hf_json
 
@@ -44,6 +46,18 @@ def random_tensors(config: ModelConfig, experts: str, seed: int = 0) -> dict[str
             values = torch.randn(shape, generator=generator) * std
             tensors[name] = (values * 0.1 + 1 if "norm" in name else values).bfloat16()
     return tensors
+
+
+def random_adapter(
+    config: ModelConfig, targets: Sequence[Target], size: float = 0.2, *, rslora: bool = False
+) -> Adapter:
+    """Rank 4, alpha 8, both factors normal of this size."""
+    generator = torch.Generator().manual_seed(5)
+    factors = {
+        target: Factors(*(torch.randn(x.shape, generator=generator) * size for x in pair))
+        for target, pair in zero_like(config, targets, 4, 8.0).factors.items()
+    }
+    return Adapter(4, 8.0, rslora, 0.0, factors)
 
 
 def write_tiny(directory: Path, config: ModelConfig, experts: str = "mxfp4", seed: int = 0) -> Path:

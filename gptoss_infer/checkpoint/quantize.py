@@ -282,5 +282,5 @@ def _warnings(fidelity: list[Fidelity]) -> Iterator[str]:
         elif not KEPT[0] <= one.kept <= KEPT[1]:
             yield (
                 f"{one.kept:.0%} of {one.name}'s delta was written: this checkpoint is not what was trained. Use "
-                "--rounding stochastic, or serve the bf16 checkpoint"
+                "--rounding systematic, or serve the bf16 checkpoint"
             )

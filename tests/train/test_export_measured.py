@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, write_tiny
+from conftest import random_adapter, tiny_config, write_tiny
 from oracles import slow_decode
 from torch import Tensor
 
 import gptoss_infer as gi
-from gptoss_infer.adapter import ATTENTION, EXPERTS, Adapter, Factors, Target, write_adapter, zero_like
+from gptoss_infer.adapter import ATTENTION, EXPERTS, Adapter, Target, write_adapter
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import DataError
 from gptoss_infer.experts import Shown
@@ -37,12 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter() -> Adapter:
-    generator = torch.Generator().manual_seed(5)
-    factors = {
-        target: Factors(*(torch.randn(x.shape, generator=generator) * 0.1 for x in pair))
-        for target, pair in zero_like(CONFIG, TARGETS, 4, 8.0).factors.items()
-    }
-    return Adapter(4, 8.0, False, 0.0, factors)
+    return random_adapter(CONFIG, TARGETS, 0.1)
 
 
 @pytest.fixture(scope="module")

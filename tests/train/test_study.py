@@ -76,8 +76,16 @@ def test_a_study_measures_every_method_and_goes_on_where_it_stopped(
     assert read_cells(out)[0] == cell, "what was done is not done again"
     assert all(row["cells"] == 2 for row in more["rows"])
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(more))
-    with pytest.raises(UsageError, match="holds a study with other settings"):
-        study(replace(grid, steps=4), out)
+    for other in ({"steps": 4}, {"tasks": {"copy": ("other.jsonl", "other.jsonl")}}):
+        with pytest.raises(UsageError, match="holds a study with other settings"):
+            study(replace(grid, **other), out)  # type: ignore[arg-type]
+
+
+def test_a_cell_that_a_kill_cut_short_is_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cells.jsonl").write_text('{"task": "whole"}\n{"task": "cu')
+    assert read_cells(tmp_path) == [{"task": "whole"}]
+    assert "was cut short: it will be done again" in capsys.readouterr().err
+    assert (tmp_path / "cells.jsonl").read_text() == '{"task": "whole"}\n'
 
 
 def test_a_recipe_rounds_as_the_study_found_best() -> None:

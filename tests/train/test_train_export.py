@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from conftest import random_adapter as adapter_over
 from conftest import random_tensors, tiny_config, write_tiny
 from oracles import slow_decode
 from safetensors.torch import load_file, save_file
@@ -48,12 +49,7 @@ def in_form(base: Path, form: str) -> Path:
 
 
 def random_adapter(targets: Sequence[Target] = ALL, size: float = 0.2, rslora: bool = False) -> Adapter:
-    generator = torch.Generator().manual_seed(5)
-    factors = {
-        target: Factors(*(torch.randn(x.shape, generator=generator) * size for x in pair))
-        for target, pair in zero_like(CONFIG, targets, 4, 8.0).factors.items()
-    }
-    return Adapter(4, 8.0, rslora, 0.0, factors)
+    return adapter_over(CONFIG, targets, size, rslora=rslora)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

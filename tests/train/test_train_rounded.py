@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, write_tiny
+from conftest import random_adapter, tiny_config, write_tiny
 from oracles import slow_decode
 
 import gptoss_infer as gi
-from gptoss_infer.adapter import EXPERTS, Adapter, Factors, Target, zero_like
+from gptoss_infer.adapter import EXPERTS, Adapter, Factors, Target
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.experts import Experts, Routing
 from gptoss_infer.lora import factors_of, load_adapter, round_experts
@@ -31,12 +31,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapter() -> Adapter:
-    generator = torch.Generator().manual_seed(5)
-    factors = {
-        target: Factors(*(torch.randn(x.shape, generator=generator) * 0.1 for x in pair))
-        for target, pair in zero_like(CONFIG, TARGETS, 4, 8.0).factors.items()
-    }
-    return Adapter(4, 8.0, False, 0.0, factors)
+    return random_adapter(CONFIG, TARGETS, 0.1)
 
 
 @pytest.mark.parametrize("rule", ["stochastic", "systematic", "nearest"])

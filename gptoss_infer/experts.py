@@ -275,7 +275,8 @@ class _Linear:
         self.a = self.b = None
         if projection.a is not None and projection.b is not None:
             self.a = padded(projection.a.to(dtype), 1)  # (E, r, in)
-            self.b = padded(self._ordered(projection.b).to(dtype), 2)  # (E, out, r)
+            scaled = self._ordered(projection.b) * projection.scaling
+            self.b = padded(scaled.to(dtype), 2)  # (E, out, r), times scaling
 
     def _ordered(self, x: Tensor) -> Tensor:
         """Bring (E, out, ...) from the checkpoint's order, gate and up alternating, into halves, if that is used."""
@@ -302,12 +303,13 @@ class _Linear:
         self, x: Tensor, experts: slice, counts: list[int], mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(m, in) -> (m, out) with bias and LoRA, and the LoRA product (m, r)."""
-        y = grouped_mm(x, self.weights(experts), counts, self.bias[experts])
-        low = self.low_rank(x, experts, counts, mask)
+        weights, low = self.weights(experts), self.low_rank(x, experts, counts, mask)
         if low is not None and not self.p.merged:
             assert self.b is not None
-            add_grouped_mm(y, low, self.b[experts].mT, counts, self.p.scaling)
-        return y, low
+            # One product over both, and so one rounding. Added to a y that is bf16 already, what is less than half of
+            # its last place would be lost: 87% of a delta of 0.02% of the weights, 45% of one of 0.1%.
+            x, weights = torch.cat([x, low], 1), torch.cat([weights.mT, self.b[experts]], 2).mT
+        return grouped_mm(x, weights, counts, self.bias[experts]), low
 
     def low_rank(self, x: Tensor, experts: slice, counts: list[int], mask: Tensor | None) -> Tensor | None:
         """(m, in) -> drop(x) A^T (m, r); None without factors."""
@@ -328,9 +330,9 @@ class _Linear:
         if self.a is not None and self.b is not None and not self.p.merged:
             low = grouped_mm(grad, self.b[experts], counts)  # (m, r)
             if mask is None:
-                add_grouped_mm(result, low, self.a[experts], counts, self.p.scaling)
+                add_grouped_mm(result, low, self.a[experts], counts)
             else:
-                result.add_(grouped_mm(low, self.a[experts], counts).mul_(mask), alpha=self.p.scaling)
+                result.add_(grouped_mm(low, self.a[experts], counts).mul_(mask))
         return result
 
     def open_gradients(self, needed: Sequence[bool]) -> None:
@@ -363,7 +365,7 @@ class _Linear:
         if self.grad_bias is not None:
             grad_bias = self._original(self.grad_bias).to(self.p.bias.dtype)
         if self.grad_a is not None and self.p.a is not None:
-            grad_a = self.grad_a[:, : self.p.a.shape[1]].to(self.p.a.dtype).mul_(self.p.scaling)
+            grad_a = self.grad_a[:, : self.p.a.shape[1]].to(self.p.a.dtype)
         if self.grad_b is not None and self.p.b is not None:
             grad_b = self.grad_b[..., : self.p.b.shape[2]]
             grad_b = self._original(grad_b).to(self.p.b.dtype).mul_(self.p.scaling)
@@ -398,12 +400,12 @@ def grouped_mm(x: Tensor, weights: Tensor, counts: list[int], bias: Tensor | Non
     return y
 
 
-def add_grouped_mm(y: Tensor, x: Tensor, weights: Tensor, counts: list[int], scale: float) -> None:
-    """y += scale * grouped_mm(x, weights), in place."""
+def add_grouped_mm(y: Tensor, x: Tensor, weights: Tensor, counts: list[int]) -> None:
+    """y += grouped_mm(x, weights), in place."""
     if len(counts) == 1:
-        y.addmm_(x, weights[0], alpha=scale)
+        y.addmm_(x, weights[0])
     else:
-        y.add_(grouped_mm(x, weights, counts), alpha=scale)
+        y.add_(grouped_mm(x, weights, counts))
 
 
 def grouped_outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:

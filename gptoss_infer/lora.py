@@ -108,6 +108,7 @@ class LoraLinear(_Lora):
     """A linear layer with factors A (r, in), B (out, r)."""
 
     base_layer: nn.Linear
+    _joined: Tensor | None = None  # see `_frozen`
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -116,21 +117,34 @@ class LoraLinear(_Lora):
             return base(x)
         dropout = self.dropout_now
         mask = F.dropout(torch.ones_like(x), dropout) if dropout else None
-        return _LoraLinear.apply(x, base.weight, base.bias, *self.factors, self.scaling[NAME], mask)
+        a, b = self.factors
+        if b.requires_grad:
+            return _LoraLinear.apply(x, base.weight, base.bias, a, b * self.scaling[NAME], mask)
+        return F.linear(torch.cat([x, x @ a.to(x.dtype).T], -1), self._frozen(), base.bias)
+
+    @torch.no_grad()
+    def _frozen(self) -> Tensor:
+        """Return [W, scaling B] (out, in + r), made once: for inference, where a step reads weights and does little."""
+        weight, b = self.base_layer.weight, self.factors.b
+        if self._joined is None or self._joined.dtype != weight.dtype:
+            self._joined = _join(weight, b * self.scaling[NAME])
+        return self._joined
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + scaling (x A^T) B^T with W and bias frozen; keeps x and the r-dimensional product."""
+    """x W^T + bias + (x A^T) B^T with W and bias frozen; keeps x and the r-dimensional product.
+
+    One product over both, and so one rounding: see `gptoss_infer.experts`.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor | None
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         low = _dropped(rows, mask) @ a.to(x.dtype).T  # (N, r)
-        y = torch.addmm(bias, rows, weight.T).addmm_(low, b.to(x.dtype).T, alpha=scaling)  # (N, out)
+        y = torch.addmm(bias, torch.cat([rows, low], 1), _join(weight, b).T)  # (N, out)
         ctx.save_for_backward(x, weight, a, b, low, mask)
-        ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -142,13 +156,17 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
             if mask is None:
-                grad_x.addmm_(back, a.to(x.dtype), alpha=ctx.scaling)
+                grad_x.addmm_(back, a.to(x.dtype))
             else:
-                grad_x.add_((back @ a.to(x.dtype)).mul_(mask.view_as(rows)), alpha=ctx.scaling)
+                grad_x.add_((back @ a.to(x.dtype)).mul_(mask.view_as(rows)))
             grad_x = grad_x.view_as(x)
-        grad_a = (back.T @ _dropped(rows, mask)).to(a.dtype).mul_(ctx.scaling)
-        grad_b = (grad.T @ low).to(b.dtype).mul_(ctx.scaling)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        grad_a = (back.T @ _dropped(rows, mask)).to(a.dtype)
+        grad_b = (grad.T @ low).to(b.dtype)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _join(weight: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([weight, b.to(weight.dtype)], 1)  # (out, in + r)
 
 
 def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:

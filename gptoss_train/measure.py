@@ -1,10 +1,9 @@
 """What an export costs: held-out loss per channel of base, merge and export, and how far the export's answers are off.
 
-The merge is the base with its adapter unmerged, computed in fp32, which is exact. (In bf16 it is not: what an adapter
-adds to a rounded output is lost where it is less than half of its last place, so that an export of a small delta looked
-better than what it was made of.) The models are in memory one after another; of the
-merge only final hidden states are kept, so that the divergence to it needs no second model: KL(merge || export) in nats
-per labelled token, from both models' full distributions. Used by `gptoss_train.export` and by the study.
+The merge is the base with its adapter unmerged, which is exact. All is computed in fp32: activations rounded to bf16
+would move losses by as much as small fine-tunes do. The models are in memory one after another; of the merge only final
+hidden states are kept, so that the divergence to it needs no second model: KL(merge || export) in nats per labelled
+token, from both models' full distributions. Used by `gptoss_train.export` and by the study.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import tiny_config, write_tiny
 from oracles import transformers_model
+from peft import LoraConfig
+from torch import nn
 
 import gptoss_infer as gi
 from gptoss_infer.adapter import (
@@ -24,7 +26,8 @@ from gptoss_infer.adapter import (
     zero_like,
 )
 from gptoss_infer.errors import DataError, UsageError
-from gptoss_infer.lora import all_targets, attach, factors_of, load_adapter
+from gptoss_infer.experts import ExpertLinear, _Linear
+from gptoss_infer.lora import LoraExpertLinear, LoraLinear, all_targets, attach, factors_of, load_adapter
 
 CONFIG = tiny_config()
 INPUT = torch.randint(0, 512, (2, 160), generator=torch.Generator().manual_seed(3))
@@ -176,3 +179,32 @@ def test_shapes_of_adaptable_weights_are_those_of_the_model(tiny_checkpoint: Pat
     for target in SELECTIONS["all"]:
         module = model.get_submodule(target.module)
         assert weight_shape(target.weight, CONFIG) == (module.in_features, module.out_features)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("size", [2e-4, 1e-3, 5e-3])
+def test_in_bf16_an_unmerged_adapter_carries_its_whole_delta_however_small(size: float, frozen: bool) -> None:
+    torch.manual_seed(0)
+    linear, experts = nn.Linear(256, 256).bfloat16(), ExpertLinear(1, 256, 256, "mxfp4")
+    blocks, scales = gi.mxfp4.encode(torch.randn(1, 256, 256) * 0.05)
+    experts.blocks, experts.scales = blocks, scales
+    experts.bias.data = torch.randn(1, 256)
+    x = torch.randn(512, 256).bfloat16()
+    for layer, weight in ((linear, linear.weight.detach().float()), (experts, gi.mxfp4.decode(blocks, scales)[0])):
+        wrapper = LoraLinear if layer is linear else LoraExpertLinear
+        adapted = wrapper(layer, "default", config=LoraConfig(), r=8, lora_alpha=16)
+        a, b = adapted.factors
+        b.data = torch.randn(b.shape) * 0.01
+        delta = 2 * (b @ a).detach().reshape(256, 256)
+        b.data *= size * weight.float().norm() / delta.norm()
+        b.requires_grad_(not frozen)
+        asked = x.float() @ (2 * (b @ a).detach().reshape(256, 256)).T
+        with torch.no_grad():
+            if layer is linear:
+                added = adapted(x).float() - linear(x).float()
+            else:
+                both = [_Linear(p, torch.bfloat16, halves=False) for p in (adapted.projection(), layer.projection())]
+                outputs = [one.forward(x, slice(0, 1), [512], None)[0].float() for one in both]
+                added = outputs[0] - outputs[1]
+        carried = float((added * asked).sum() / asked.square().sum())
+        assert carried == pytest.approx(1, abs=0.05), f"{type(layer).__name__} carries {carried:.2f} of its delta"

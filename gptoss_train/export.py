@@ -1,9 +1,8 @@
 """From an adapter to a checkpoint: merge expert by expert, round to MXFP4 (or write bf16), and say what survived.
 
 Attention deltas go into bf16 weights. An expert's delta is rounded onto the grid of its base (`gptoss_infer.rounding`):
-the scales stay, a block without a delta keeps its bytes, a tensor that no adapter touches is copied. Where the mean
-input of an expert is known (`gptoss_train.calibration`), its bias takes back the mean of the rounding errors. At most
-one expert is dense at a time.
+the scales stay, a block without a delta keeps its bytes, a tensor that no adapter touches is copied. At most one expert
+is dense at a time.
 """
 
 from __future__ import annotations
@@ -11,28 +10,28 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptoss_infer import mxfp4, rounding
-from gptoss_infer.adapter import EXPERTS, ROUTER, Adapter, Target, read_adapter, write_adapter
+from gptoss_infer import rounding
+from gptoss_infer.adapter import Adapter, Target, read_adapter, write_adapter
 from gptoss_infer.checkpoint import Checkpoint, atomic_directory, rewrite_checkpoint
 from gptoss_infer.checkpoint.convert import write_bf16
+from gptoss_infer.checkpoint.survival import Survival, survival_by_kind
 from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES
 from gptoss_infer.errors import DataError, UsageError
 from gptoss_infer.rounding import Rounding
-from gptoss_train.calibration import MIN_TOKENS, Calibration, mean_shift
+from gptoss_train.calibration import MIN_TOKENS, Calibration
 from gptoss_train.measure import Measured, Reference
+from gptoss_train.merging import Projection, by_rule, write_projection
 
 Format = Literal["mxfp4", "bf16", "adapter"]
 REPORT = "export.json"
-CACHED_VALUES = 2**18  # accounted for at a time: 1 MiB of fp32
-KEPT = (0.9, 1.1)  # shares of a kind of weight's delta that are no reason to warn; more of it is another update
-KEPT_GAIN = (0.98, 1.02)  # and of the gain in loss; below, or above by chance or by a wrong update
+KEPT_GAIN = (0.98, 1.02)  # shares of the gain that are no reason to warn; more is chance or a wrong update
 
 
 @dataclass(frozen=True)
@@ -49,66 +48,6 @@ class Result(NamedTuple):
 
     survival: list[Survival]  # per adapted weight
     measured: Measured | None  # losses per set of samples
-
-
-@dataclass
-class Survival:
-    """How much of one weight's delta D is in the written weight Q, summed over experts; W is the base's."""
-
-    name: str
-    values: int = 0
-    changed: int = 0  # values of Q that differ from W
-    blocks: int = 0  # of 32, if the weight is MXFP4
-    blocks_changed: int = 0
-    experts: int = 0
-    experts_with_bias: int = 0  # whose bias took back the mean error
-    delta_squared: float = 0.0  # |D|²
-    base_squared: float = 0.0  # |W|²
-    along: float = 0.0  # <Q - W, D>
-    residual_squared: float = 0.0  # |Q - (W + D)|²
-
-    def add(self, base: Tensor, delta: Tensor, written: Tensor) -> None:
-        """Account for one matrix, all in one shape."""
-        self.values += base.numel()
-        size = max(1, CACHED_VALUES // base.shape[-1])
-        parts = zip(*(tensor.flatten(0, -2).split(size) for tensor in (base, delta, written)), strict=True)
-        for w, d, q in parts:  # some rows that stay in a core's cache
-            w, d = w.float(), d.float()
-            moved = q.float() - w
-            self.changed += int(moved.count_nonzero())
-            self.delta_squared += _dot(d, d)
-            self.base_squared += _dot(w, w)
-            self.along += _dot(moved, d)
-            moved -= d
-            self.residual_squared += _dot(moved, moved)
-
-    @property
-    def kept(self) -> float:
-        """Share of the delta that Q carries in its direction: 1 is all, 0 is none."""
-        return self.along / self.delta_squared if self.delta_squared else 1.0
-
-    @property
-    def residual(self) -> float:
-        """|Q - (W + D)| / |D|: what is missing or added, relative to the delta; 1 is as bad as not training."""
-        return (self.residual_squared / self.delta_squared) ** 0.5 if self.delta_squared else 0.0
-
-    def to_json(self) -> dict[str, float | str]:
-        """The sums and what follows from them."""
-        ratio = (self.delta_squared / self.base_squared) ** 0.5 if self.base_squared else 0.0
-        return {
-            "name": self.name,
-            "delta_to_base": ratio,
-            "changed_share": self.changed / self.values,
-            "blocks_changed_share": self.blocks_changed / self.blocks if self.blocks else 0.0,
-            "kept": self.kept,
-            "residual": self.residual,
-            **{key: value for key, value in asdict(self).items() if key != "name"},
-        }
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Return <a, b> of two matrices: rows in fp32, their sum in fp64."""
-    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
 class _Merge:
@@ -150,27 +89,12 @@ class _Merge:
         return tensor if torch.equal(written, tensor) else written
 
     def _rounded(self, target: Target, prefix: str) -> dict[str, Tensor]:
-        """Round all experts of a projection; the bias of each takes back the mean error, where that is known."""
-        blocks, scales = (self.checkpoint.tensor(f"{prefix}_{part}") for part in ("blocks", "scales"))
-        bias = self.checkpoint.tensor(f"{prefix}_bias")
-        new_blocks, new_bias = torch.empty_like(blocks), bias.clone()
-        survival = self._survival(target)
-        for expert in range(len(blocks)):
-            base, delta = (blocks[expert], scales[expert]), self.adapter.delta(target, expert)
-            name = f"{target.module}.{expert}"
-            new_blocks[expert] = rounding.merge(base, delta, self.rule.rounding, seed=self.rule.seed, name=name)
-            values = mxfp4.decode(*base, torch.float32)
-            written = mxfp4.decode(new_blocks[expert], scales[expert], torch.float32)
-            survival.add(values, delta, written)
-            survival.experts += 1
-            survival.blocks += scales[expert].numel()
-            survival.blocks_changed += int((new_blocks[expert] != blocks[expert]).any(-1).sum())
-            mean = None if self.rule.calibration is None else self.rule.calibration.mean(target, expert)
-            if mean is not None and bool(delta.any()):
-                shift = mean_shift(values.add_(delta), written, mean)
-                new_bias[expert] = (bias[expert].float() + shift).to(bias.dtype)
-                survival.experts_with_bias += 1
-        return {f"{prefix}_blocks": new_blocks, f"{prefix}_bias": new_bias}
+        """Round all experts of a projection."""
+        blocks, scales, bias = (self.checkpoint.tensor(f"{prefix}_{part}") for part in ("blocks", "scales", "bias"))
+        write = by_rule(self.rule.rounding, self.rule.seed)
+        base = Projection(blocks, scales, bias)
+        written, self.survival[target] = write_projection(base, self.adapter, target, write, self.rule.calibration)
+        return {f"{prefix}_blocks": written.blocks, f"{prefix}_bias": written.bias}
 
     def _target(self, name: str) -> Target | None:
         """Return the adapted target that a stored tensor belongs to."""
@@ -293,15 +217,7 @@ def _check(merge: _Merge, adapter: Adapter, allow_unchanged: bool) -> None:
 
 def summary(survival: list[Survival]) -> list[dict[str, float | str]]:
     """Return one row per kind of weight: attention and each expert projection, summed over layers."""
-    rows: dict[str, Survival] = {}
-    for item in survival:
-        name = item.name.rpartition(".")[2]
-        kind = f"experts.{name}" if name in EXPERTS else ROUTER if name == ROUTER else "attention"
-        total = rows.setdefault(kind, Survival(kind))
-        for key, value in asdict(item).items():
-            if key != "name":
-                setattr(total, key, getattr(total, key) + value)
-    return [row.to_json() for row in rows.values()]
+    return [row.to_json() for row in survival_by_kind(survival)]
 
 
 def print_summary(result: Result) -> None:
@@ -346,14 +262,14 @@ def falls_short(result: Result, max_loss_increase: float | None) -> int:
 
 def warnings(result: Result) -> Iterator[str]:
     """Yield what makes an export another update than the one that was trained, with the cure."""
-    survival, rows = result.survival, summary(result.survival)
+    survival = result.survival
     lost = [item.name for item in survival if item.delta_squared > 0 and item.changed == 0]
     if lost:
         yield (
             f"rounding lost the whole delta of {len(lost)} of {len(survival)} weights, such as {lost[0]}; "
             "compare the evaluations of adapter and model"
         )
-    off = [f"{row['kept']:.0%} of {row['name']}'s" for row in rows if not KEPT[0] <= float(row["kept"]) <= KEPT[1]]
+    off = [f"{kind.kept:.0%} of {kind.name}'s" for kind in survival_by_kind(survival) if not kind.is_kept]
     if off:
         yield (
             f"{' and '.join(off)} delta was written: this checkpoint is not what was trained. Use --rounding "

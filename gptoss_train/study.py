@@ -12,6 +12,7 @@ Methods:
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -27,16 +28,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gptoss_infer import mxfp4, rounding
+from gptoss_infer import mxfp4
 from gptoss_infer.adapter import Adapter, Factors, Target
 from gptoss_infer.checkpoint import Checkpoint, resolve
+from gptoss_infer.checkpoint.changes import Pair
 from gptoss_infer.errors import UsageError
 from gptoss_infer.lora import LoraExpertLinear, factors_of
 from gptoss_infer.rounding import Rounding
 from gptoss_train import builtin
-from gptoss_train.calibration import Calibration, collect, mean_shift
+from gptoss_train.calibration import Calibration, collect
 from gptoss_train.data import Dataset, load_dataset, some_of
 from gptoss_train.measure import Measured, Reference, Runtime
+from gptoss_train.merging import Projection, by_rule, write_projection
 from gptoss_train.recipe import Data, Recipe
 from gptoss_train.train import Trainer, build_trainer
 
@@ -270,19 +273,10 @@ class _written:
         for target, module in _experts(self.trainer):
             base = module.base_layer
             self.before.append((module, base.scales, base.bias.data))
-            blocks, scales, bias = torch.empty_like(base.blocks), base.scales.clone(), base.bias.data.clone()
-            for expert in range(base.num_experts):
-                pair, delta = (base.blocks[expert], base.scales[expert]), adapter.delta(target, expert)
-                blocks[expert], scales[expert] = _write(
-                    pair, delta, self.method, self.seed, f"{target.module}.{expert}"
-                )
-                mean = None if self.calibration is None else self.calibration.mean(target, expert)
-                if mean is not None:
-                    asked = mxfp4.decode(*pair, torch.float32) + delta
-                    written = mxfp4.decode(blocks[expert], scales[expert], torch.float32)
-                    shift = mean_shift(asked, written, mean.to(asked.device))
-                    bias[expert] = (bias[expert].float() + shift).bfloat16().to(bias.dtype)
-            module.rounded, base.scales, base.bias.data = blocks, scales, bias
+            stored = Projection(base.blocks, base.scales, base.bias.data.bfloat16())  # the bias as it is on disk
+            write = functools.partial(_write, self.method, self.seed)
+            (blocks, scales, bias), _ = write_projection(stored, adapter, target, write, self.calibration)
+            module.rounded, base.scales, base.bias.data = blocks, scales, bias.to(base.bias.dtype)
 
     def __exit__(self, *exception: object) -> None:
         """Restore the base."""
@@ -290,10 +284,10 @@ class _written:
             module.rounded, module.base_layer.scales, module.base_layer.bias.data = None, scales, bias
 
 
-def _write(pair: tuple[Tensor, Tensor], delta: Tensor, method: str, seed: int, name: str) -> tuple[Tensor, Tensor]:
+def _write(method: str, seed: int, pair: Pair, delta: Tensor, target: Target, expert: int) -> Pair:
     """Return the blocks and scales of base + delta for one expert."""
     if method not in PEERS:
-        return rounding.merge(pair, delta, method, seed=seed, name=name), pair[1]  # type: ignore[arg-type]
+        return by_rule(method, seed)(pair, delta, target, expert)  # type: ignore[arg-type]
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
 

@@ -25,62 +25,14 @@ from gptoss_infer.checkpoint.changes import KINDS, Changes, Pair, by_kind, dense
 from gptoss_infer.checkpoint.convert import HF_CONFIG, hf_config, spec_of
 from gptoss_infer.checkpoint.layouts import expected_shapes
 from gptoss_infer.checkpoint.reader import Checkpoint
+from gptoss_infer.checkpoint.survival import Survival
 from gptoss_infer.checkpoint.writer import MAX_SHARD_BYTES, TensorSpec, Values, copy_other_files, write_checkpoint
 from gptoss_infer.config import QUANTIZATION_CONFIG, ModelConfig, read_json
 from gptoss_infer.errors import DataError, UsageError
 from gptoss_infer.rounding import Rounding
 
-DOT_ROWS = 256  # widened to fp64 at a time
-KEPT = (0.9, 1.1)  # shares of a kind of weight's change that are no reason to warn
 # Fine-tunes change weights by 0.01% to a few percent. Two unrelated checkpoints differ by about 140%.
 LARGE_CHANGE = 0.25
-
-
-@dataclass
-class Fidelity:
-    """How the values S of a kind of expert weight were written as Q, in sums over experts; W is the base's."""
-
-    name: str
-    squared: float = 0.0  # |S|²
-    error_squared: float = 0.0  # |Q - S|²
-    delta_squared: float = 0.0  # |S - W|²; this and the next 0 without a base
-    along: float = 0.0  # <Q - W, S - W>
-
-    def add(self, values: Tensor, written: Pair, base: Pair | None) -> None:
-        """Account for one expert: values (out, in) as MXFP4 bytes."""
-        for start in range(0, len(values), DOT_ROWS):
-            rows = slice(start, start + DOT_ROWS)
-            s = values[rows]
-            q = mxfp4.decode(written[0][rows], written[1][rows], torch.float32)
-            self.squared += _dot(s, s)
-            error = q - s
-            self.error_squared += _dot(error, error)
-            if base is not None:
-                w = mxfp4.decode(base[0][rows], base[1][rows], torch.float32)
-                delta = s - w
-                self.delta_squared += _dot(delta, delta)
-                self.along += _dot(q.sub_(w), delta)
-
-    @property
-    def error(self) -> float:
-        """|Q - S| / |S|."""
-        return (self.error_squared / self.squared) ** 0.5 if self.squared else 0.0
-
-    @property
-    def change(self) -> float:
-        """|S - W| / |S|."""
-        return (self.delta_squared / self.squared) ** 0.5 if self.squared else 0.0
-
-    @property
-    def kept(self) -> float:
-        """Share of the change that Q carries in its direction: 1 is all, 0 is none."""
-        return self.along / self.delta_squared if self.delta_squared else 1.0
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Return <a, b>, summed in fp64."""
-    a_wide = a.double().flatten()
-    return float(torch.dot(a_wide, a_wide if a is b else b.double().flatten()))
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -92,7 +44,7 @@ def _is_finite(values: Tensor) -> bool:
 class Quantized:
     """What a quantization wrote."""
 
-    fidelity: list[Fidelity]  # per kind of expert weight
+    survival: list[Survival]  # per kind of expert weight; without a base, of no change to what was rounded
     against_base: list[Changes]  # per kind of weight; empty without a base
 
 
@@ -139,7 +91,7 @@ def quantize(
         if same_as is not None:
             shutil.copyfile(same_as, directory / "config.json")
     return Quantized(
-        sorted(writer.fidelity.values(), key=lambda one: KINDS.index(one.name)), by_kind(writer.changes.values())
+        sorted(writer.survival.values(), key=lambda one: KINDS.index(one.name)), by_kind(writer.changes.values())
     )
 
 
@@ -183,7 +135,7 @@ class _Quantizer:
     seed: int
     notify: Callable[[str], object]
     num_done: int = 0
-    fidelity: dict[str, Fidelity] = field(default_factory=dict)
+    survival: dict[str, Survival] = field(default_factory=dict)
     changes: dict[str, Changes] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)  # chosen with the blocks, not yet written
 
@@ -207,7 +159,7 @@ class _Quantizer:
         config = self.checkpoint.config
         self.num_done += 1
         self.notify(f"{self.num_done} of {2 * config.num_hidden_layers}: {name}")
-        fidelity = self.fidelity.setdefault(kind_of(name), Fidelity(kind_of(name)))
+        survival = self.survival.setdefault(kind_of(name), Survival(kind_of(name)))
         if self.base is not None:
             self.changes[name] = Changes.of_experts(name, config, coded=True)
         chosen = []
@@ -216,11 +168,13 @@ class _Quantizer:
             if self.base is None:
                 blocks, scales = mxfp4.encode(values)
                 chosen.append(scales)
-                fidelity.add(values, (blocks, scales), None)
+                unchanged = values.new_zeros(1).expand_as(values)
+                survival.add(values, unchanged, mxfp4.decode(blocks, scales, torch.float32))
             else:
                 base = _expert_blocks(self.base, name, expert)
-                blocks = self._merged(name, expert, values, base)
-                fidelity.add(values, (blocks, base[1]), base)
+                delta = self._delta(name, expert, values, base)
+                blocks = rounding.merge(base, delta, self.rule, seed=self.seed, name=f"{name}.{expert}")
+                survival.add_expert(base, delta, (blocks, base[1]))
                 self.changes[name].add_codes(expert, (blocks, base[1]), base)
             yield blocks
         if self.base is None:
@@ -238,8 +192,8 @@ class _Quantizer:
             )
         return values
 
-    def _merged(self, name: str, expert: int, values: Tensor, base: Pair) -> Tensor:
-        """Return the blocks of one expert on the scales of its base."""
+    def _delta(self, name: str, expert: int, values: Tensor, base: Pair) -> Tensor:
+        """Return one expert's difference to its base, (out, in) fp32; DataError if it is not finite."""
         assert self.base is not None
         delta = mxfp4.decode(*base, torch.float32).neg_().add_(values)  # (out, in)
         if not _is_finite(delta):
@@ -247,7 +201,7 @@ class _Quantizer:
                 f"{name}, expert {expert}: {self.checkpoint.directory} is finite, but not its difference to "
                 f"{self.base.directory}, which has scale bytes of 253 or more, or is far from it; is it the base?"
             )
-        return rounding.merge(base, delta, self.rule, seed=self.seed, name=f"{name}.{expert}")
+        return delta
 
 
 def _expert_blocks(checkpoint: Checkpoint, name: str, expert: int) -> Pair:
@@ -258,28 +212,28 @@ def _expert_blocks(checkpoint: Checkpoint, name: str, expert: int) -> Pair:
 def summary_lines(quantized: Quantized) -> Iterator[str]:
     """Yield what was written as text, and warnings where it is not what was trained."""
     if not quantized.against_base:
-        for one in quantized.fidelity:
-            error = f"rounding error {one.error:.3%} of |W|" if one.error_squared else "every value is written exactly"
-            yield f"  {one.name}: {error}"
+        for one in quantized.survival:
+            error = f"rounding error {one.error_to_base:.3%} of |W|"
+            yield f"  {one.name}: {error if one.changed else 'every value is written exactly'}"
         return
     yield "  differences from the base:"
     yield from kind_lines(quantized.against_base)
-    for one in quantized.fidelity:
+    for one in quantized.survival:
         if one.delta_squared:
-            yield f"  {one.name}: |delta|/|W| {one.change:.3%}, delta kept {one.kept:.1%}"
-    yield from (f"  warning: {warning}" for warning in _warnings(quantized.fidelity))
+            yield f"  {one.name}: |delta|/|W| {one.delta_to_base:.3%}, delta kept {one.kept:.1%}"
+    yield from (f"  warning: {warning}" for warning in _warnings(quantized.survival))
 
 
-def _warnings(fidelity: list[Fidelity]) -> Iterator[str]:
-    if not any(one.delta_squared for one in fidelity):
+def _warnings(survival: list[Survival]) -> Iterator[str]:
+    if not any(one.delta_squared for one in survival):
         yield "no expert differs from the base's: if experts were trained, this is not the checkpoint that holds them"
-    for one in fidelity:
-        if one.change > LARGE_CHANGE:
+    for one in survival:
+        if one.delta_to_base > LARGE_CHANGE:
             yield (
-                f"{one.name} differ from the base's by {one.change:.0%} of their size, a fine-tune's by a few percent: "
-                "is this the base it came from, and is down_proj stored as (expert, in, out)?"
+                f"{one.name} differ from the base's by {one.delta_to_base:.0%} of their size, a fine-tune's by a few "
+                "percent: is this the base it came from, and is down_proj stored as (expert, in, out)?"
             )
-        elif not KEPT[0] <= one.kept <= KEPT[1]:
+        elif not one.is_kept:
             yield (
                 f"{one.kept:.0%} of {one.name}'s delta was written: this checkpoint is not what was trained. Use "
                 "--rounding systematic, or serve the bf16 checkpoint"

@@ -356,7 +356,7 @@ def test_a_change_smaller_than_half_a_step_is_kept_on_average_and_nearest_warns_
     asked, written, base = (experts_of(path, DOWN).double() for path in (source, tmp_path / "stochastic", small))
     delta = asked - base
     kept = float(((written - base) * delta).sum() / delta.square().sum())
-    (down,) = [one for one in quantized.fidelity if one.name == "experts.down_proj"]
+    (down,) = [one for one in quantized.survival if one.name == "experts.down_proj"]
     assert down.kept == pytest.approx(kept, rel=1e-9)
     # A draw with probability p of a step s has variance s² p (1 - p) < s d, here s <= 2**-3 * 2 (scale 2**-3, step 2).
     assert abs(kept - 1) < 5 * (0.25 * float(delta.abs().pow(3).sum())) ** 0.5 / float(delta.square().sum())

@@ -33,6 +33,7 @@ LAYERS = {name: FORMATS for name in FORMATS} | {
     "experts": FORMATS | {"kernels", "experts"},
     "model": FORMATS | {"attention", "experts", "model"},
     "cache": FORMATS,
+    "sampling": set(),
     "adapter": FORMATS | {"adapter"},
     "loading": FORMATS | {"kernels", "model"},
     "lora": FORMATS | {"adapter", "experts", "model"},

@@ -3,7 +3,7 @@
 A sink is one learned logit per head that takes probability and gives no value. `packed_attention` is what training and
 scoring run: documents lie one after another, a query sees the keys of its own document up to itself, on sliding layers
 the last `window` of them. It works through blocks of queries and never holds more than one block's scores; backward
-computes them again. `cached_attention` is what generation runs: few queries against all cached keys.
+computes them again. `chunk_attention` and `cached_attention` are what generation runs: for prompts, and token by token.
 
 The backward pass is flash attention's (Dao et al., arXiv 2205.14135), fed with the output and the normalizer that
 include the sink. That makes the gradients to q, k and v exact as they stand, and the sink's is -sum(p_sink * D).
@@ -88,15 +88,9 @@ class _PackedAttention(torch.autograd.Function):
         dtype = torch.promote_types(torch.float32, q.dtype)
         normalizers = torch.empty(heads, n, dtype=dtype, device=q.device)  # (H, N): log of the sum, sink included
         for first, end, key in blocks.ranges(window, heads):
-            queries, keys = _by_kv_head(q[first:end], k.shape[1]), k[key:end].transpose(0, 1)  # (K, R n, D), (K, S, D)
-            scores = _scores(queries, keys, blocks.hidden(first, end, key, window))  # (K, R n, S)
-            sink = _per_row(sinks.to(dtype), end - first, k.shape[1])  # (K, R n, 1)
-            top = torch.maximum(scores.amax(-1, keepdim=True), sink)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True).add_((sink - top).exp_())
-            result = torch.bmm(weights.div_(total).to(v.dtype), v[key:end].transpose(0, 1))  # (K, R n, D)
-            out[first:end] = _by_token(result, heads)
-            normalizers[:, first:end] = top.add_(total.log_()).view(heads, -1)
+            pair = k[key:end].transpose(0, 1), v[key:end].transpose(0, 1)  # (K, S, D)
+            hidden = blocks.hidden(first, end, key, window)
+            out[first:end], normalizers[:, first:end] = _attend(q[first:end], *pair, sinks, hidden)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(q, k, v, sinks, out, normalizers)
             ctx.blocks, ctx.window = blocks, window
@@ -127,6 +121,20 @@ class _PackedAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output (n, H, D) of a block of queries (n, H, D) on keys and values (K, S, D), and the normalizers.
+
+    These are (H, n): the logarithms of the sums, sinks included. `hidden` is bool (n, S).
+    """
+    scores = _scores(_by_kv_head(q, len(k)), k, hidden)  # (K, R n, S)
+    sink = _per_row(sinks.to(scores.dtype), len(q), len(k))  # (K, R n, 1)
+    top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True).add_((sink - top).exp_())
+    result = torch.bmm(weights.div_(total).to(v.dtype), v)  # (K, R n, D)
+    return _by_token(result, q.shape[1]), top.add_(total.log_()).view(q.shape[1], -1)
+
+
 def _by_kv_head(x: Tensor, kv: int) -> Tensor:
     """(n, H, D) -> (K, R n, D)."""
     n, heads, d = x.shape
@@ -152,19 +160,42 @@ def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
     return scores
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> Tensor:
-    """Attend from new tokens to cached ones.
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, first: int, window: int | None) -> Tensor:
+    """Attend from a run of tokens of one sequence to cached ones and to each other, block by block of queries.
 
     Args:
-        q: (B, H, T, D). k, v: (B, K, S, D). sinks: (H,). mask: bool (B, 1, 1, T, S), True where a query sees a key.
-    Returns: (B, T, H, D).
+        q: (n, H, D). k, v: (K, S, D), the sequence's from some token on; what lies after the last query's is not seen.
+        sinks: (H,). first: which key is the first query's own.
+        window: how many keys a query sees, its own included; None for all before it.
+    Returns: (n, H, D).
     """
-    b, h, t, d = q.shape
-    kv = k.shape[1]
-    q = q.view(b, kv, h // kv, t, d)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    size = BLOCK_QUERIES
+    if kernels.on_gpu(q):
+        size = max(size, SCORE_BYTES // (4 * q.shape[1] * k.shape[1]) // size * size)
+    for start in range(0, len(q), size):
+        end = min(start + size, len(q))
+        own = torch.arange(first + start, first + end, device=q.device).unsqueeze(1)
+        low = 0 if window is None else max(0, first + start - window + 1) // KEY_STEP * KEY_STEP
+        keys = slice(low, min(k.shape[1], -(-(first + end) // KEY_STEP) * KEY_STEP))
+        distance = own - torch.arange(keys.start, keys.stop, device=q.device)  # (n, S)
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        out[start:end], _ = _attend(q[start:end], k[:, keys], v[:, keys], sinks, hidden)
+    return out
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, seen: Tensor) -> Tensor:
+    """Attend from one new token of each of several sequences to their cached ones.
+
+    Args:
+        q: (B, H, D). k, v: (B, K, S, D). sinks: (H,). seen: bool (B, S), True where a query sees a key.
+    Returns: (B, H, D).
+    """
+    b, kv, _, d = k.shape
+    q = q.view(b, kv, -1, d)  # (B, K, R, D)
     dtype = torch.promote_types(torch.float32, q.dtype)
-    scores = torch.einsum("bkrtd,bksd->bkrts", q, k).to(dtype) * d**-0.5  # (B, K, R, T, S)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    sink = sinks.to(dtype).view(1, kv, h // kv, 1, 1).expand(b, -1, -1, t, 1)
-    weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]  # (B, K, R, T, S); rows sum to less than 1
-    return torch.einsum("bkrts,bksd->btkrd", weights.to(v.dtype), v).reshape(b, t, h, d)
+    scores = (q @ k.mT).to(dtype).mul_(d**-0.5)  # (B, K, R, S)
+    scores.masked_fill_(~seen[:, None, None], -torch.inf)
+    sink = sinks.to(dtype).view(1, kv, -1, 1).expand(b, -1, -1, 1)
+    weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]  # (B, K, R, S); rows sum to less than 1
+    return (weights.to(v.dtype) @ v).view(b, -1, d)

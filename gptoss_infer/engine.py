@@ -1,7 +1,13 @@
-"""Token ids in, token ids out: batched generation with a KV cache. Knows nothing of text; of harmony, the stop tokens.
+"""Token ids in, token ids out: continuous batching over a paged cache. Of harmony it knows the stop tokens alone.
 
-What a request yields depends on its prompt and parameters alone: every sample draws from its own seeded generator, so
-batch size and neighbours change results only as far as they change the rounding of the logits.
+A step (`gptoss_infer.scheduler` plans it) computes one token of every sample that is generating and parts of waiting
+prompts, in one flat batch; samples come and go between steps. The n samples of a prompt, and prompts that begin alike,
+share the pages of what they have in common.
+
+What a request yields depends on its prompt and parameters alone: random numbers are a function of seed and position.
+Neighbours change results only as far as they change the rounding of logits, and with `deterministic` not even that:
+every chunk of every sample is then computed on its own, cut where its own length says. That costs the sharing of
+weights between samples, which is what batching is for; use it to find out what caused a difference.
 """
 
 from __future__ import annotations
@@ -14,15 +20,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gptoss_infer.cache import KVCache
+from gptoss_infer import scheduler
 from gptoss_infer.checkpoint import Checkpoint, resolve
+from gptoss_infer.config import ModelConfig
 from gptoss_infer.errors import UsageError
 from gptoss_infer.harmony import STOP_TOKENS
 from gptoss_infer.loading import load, pick_device
 from gptoss_infer.model import GptOss
+from gptoss_infer.pages import Kind, PagedCache, Step
+from gptoss_infer.sampling import Draws, sample
+from gptoss_infer.scheduler import Chunk, Limits, Pool, Scheduler
 
 FinishReason = Literal["stop", "length", "cancelled"]
-PREFILL_CHUNK_TOKENS = 512  # bounds attention scores to (B, H, 512, S)
+STEP_TOKENS = {"cpu": 1024, "cuda": 8192}  # scores of attention and products of experts grow with it
+PAGE_TOKENS = 64
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free, by default
 
 
 def _form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
@@ -31,8 +43,13 @@ def _form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Litera
         return checkpoint.experts
     config = checkpoint.config
     weights = 3 * config.num_hidden_layers * config.num_local_experts * config.hidden_size * config.intermediate_size
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "bf16" if weights * dtype.itemsize < free_bytes / 2 else "mxfp4"
+    return "bf16" if weights * dtype.itemsize < _free_bytes(torch.device("cpu")) / 2 else "mxfp4"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.mem_get_info(device)[0]
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class SamplingParams:
     max_tokens: int = 256
     temperature: float = 0.0  # 0 takes the most likely token
     top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # a share of the largest probability; 0 keeps all
     seed: int = 0
     n: int = 1
     logprobs: bool = False  # of the raw distribution: before temperature and top_p
@@ -53,6 +72,8 @@ class SamplingParams:
             raise UsageError(f"max_tokens {self.max_tokens} and n {self.n} must be at least 1")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):  # NaN neither
             raise UsageError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
+        if not (self.top_k >= 0 and 0 <= self.min_p <= 1):
+            raise UsageError(f"top_k {self.top_k} must be >= 0 and min_p {self.min_p} in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -66,30 +87,64 @@ class Completion:
     finish_reason: FinishReason
 
 
-@dataclass
-class _Sequence:
-    """A sample being generated."""
+@dataclass(eq=False)
+class Sample(scheduler.Sequence):
+    """A sample that is being generated, or was."""
 
-    prompt: list[int]
-    params: SamplingParams
-    prompt_index: int
-    sample_index: int
-    generator: torch.Generator
-    token_ids: list[int] = field(default_factory=list)
+    params: SamplingParams = SamplingParams()
+    prompt_index: int = 0
+    sample_index: int = 0
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    @property
+    def token_ids(self) -> list[int]:
+        """What was generated so far."""
+        return self.tokens[self.num_prompt :]
+
     def completion(self) -> Completion:
-        assert self.finish_reason is not None, "completion of a running sequence"
+        """Return the sample once it ended."""
+        assert self.finish_reason is not None, "completion of a running sample"
         logprobs = self.logprobs if self.params.logprobs else None
         return Completion(self.prompt_index, self.sample_index, self.token_ids, logprobs, self.finish_reason)
 
 
 class Engine:
-    """Generates with one model on one device, `max_batch` sequences at a time."""
+    """Generates with one model on one device. Not for several threads at once."""
 
-    def __init__(self, model: GptOss, *, max_batch: int = 32) -> None:
-        self.model, self.max_batch = model, max_batch
+    def __init__(
+        self,
+        model: GptOss,
+        *,
+        max_batch: int = 32,
+        step_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        page_tokens: int = PAGE_TOKENS,
+        deterministic: bool = False,
+    ) -> None:
+        """Set aside the memory for keys and values.
+
+        Args:
+            max_batch: samples that generate at the same time.
+            step_tokens: tokens computed at a time, rounded up to a page; by default 1,024 on a CPU, 8,192 on a GPU.
+            cache_tokens: of all samples together; by default what fits in a quarter of a CPU's free memory, or in 90%
+                of a GPU's, and no more than `max_batch` whole contexts.
+            deterministic: see the module docstring.
+        """
+        self.model, self.max_batch, config = model, max_batch, model.config
+        wanted = max(step_tokens or STEP_TOKENS[model.device.type], max_batch)
+        step_tokens = -(-wanted // page_tokens) * page_tokens
+        self.limits = Limits(max_batch, step_tokens, page_tokens, config.sliding_window, deterministic)
+        dtype = model.lm_head.weight.dtype
+        if cache_tokens is None:
+            cache_tokens = _cache_tokens(config, self.limits, dtype, model.device)
+        # Window layers: what every sample sees, as much again for kept prefixes, and a step's new tokens.
+        num_pages: dict[Kind, int] = {
+            "full": -(-cache_tokens // page_tokens),
+            "window": max_batch * 2 * (self.limits.window_pages + 1) + step_tokens // page_tokens,
+        }
+        self.cache = PagedCache(config, num_pages, page_tokens, dtype, model.device)
+        self.scheduler = Scheduler(self.limits, Pool(num_pages["full"]), Pool(num_pages["window"]))
 
     @classmethod
     def from_checkpoint(
@@ -101,6 +156,7 @@ class Engine:
         dtype: torch.dtype = torch.bfloat16,
         experts: Literal["mxfp4", "bf16", "auto"] = "auto",
         max_batch: int = 32,
+        deterministic: bool = False,
     ) -> Engine:
         """Load a checkpoint, and a PEFT adapter over it if given.
 
@@ -116,32 +172,100 @@ class Engine:
             from gptoss_infer.lora import load_adapter  # brings peft
 
             load_adapter(model, adapter)
-        return cls(model, max_batch=max_batch)
+        return cls(model, max_batch=max_batch, deterministic=deterministic)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> Iterator[Completion]:
         """Yield the completions of all prompts, in prompt order, n each.
 
-        Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the
-            context.
+        Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary, leaves no room in the context
+            or could outgrow the cache.
         """
-        sequences = self._sequences(prompts, params)
-        for start in range(0, len(sequences), self.max_batch):
-            batch = sequences[start : start + self.max_batch]
-            for _ in self._run(batch):
-                pass
-            yield from (sequence.completion() for sequence in batch)
+        samples = self.add(prompts, params)
+        try:
+            for one in samples:
+                while one.finish_reason is None:
+                    self.step()
+                yield one.completion()
+        finally:
+            self.cancel(samples)
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Yield the token ids of one sample as they are generated."""
-        sequences = self._sequences([prompt], replace(params, n=1))
-        for _ in self._run(sequences):
-            yield sequences[0].token_ids[-1]
+        samples = self.add([prompt], replace(params, n=1))
+        try:
+            shown = 0
+            while shown < len(samples[0].token_ids) or samples[0].finish_reason is None:
+                if shown == len(samples[0].token_ids):
+                    self.step()
+                    continue
+                yield samples[0].token_ids[shown]
+                shown += 1
+        finally:
+            self.cancel(samples)
 
-    def _sequences(
+    def add(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Sample]:
+        """Queue all samples of some prompts; `step` generates them. Raises as `generate` does, before any is queued."""
+        samples = self._samples(prompts, params)
+        most = self.scheduler.full.size * self.limits.page_tokens
+        for one in samples:
+            if one.max_tokens > most:
+                raise UsageError(
+                    f"prompt {one.prompt_index} may grow to {one.max_tokens} tokens; the cache holds {most}: lower "
+                    "max_tokens, or give the engine more cache_tokens"
+                )
+        for one in samples:
+            self.scheduler.add(one)
+        return samples
+
+    def cancel(self, samples: Sequence[Sample]) -> None:
+        """End those that have not ended, and free their pages."""
+        for one in samples:
+            if one.finish_reason is None:
+                one.finish_reason = "cancelled"
+                self.scheduler.remove(one)
+
+    @torch.inference_mode()
+    def step(self) -> list[Sample]:
+        """Compute one step; return the samples that have one more token. Nothing to do is no error."""
+        chunks = self.scheduler.plan()
+        grown = []
+        for batch in [[chunk] for chunk in chunks] if self.limits.deterministic else [chunks] if chunks else []:
+            ending: list[Sample] = [chunk.sequence for chunk in batch if chunk.reaches_end]  # type: ignore[misc]
+            hidden = self._hidden(batch)
+            self.scheduler.advance(batch)
+            if ending:
+                self._extend(ending, self.model.lm_head(hidden).float())
+            grown += ending
+        return grown
+
+    def _hidden(self, batch: list[Chunk]) -> Tensor:
+        """Compute the tokens of a batch; return the final hidden states of those that samples end with, (B, C)."""
+        step = Step(self.cache, batch, self.model.device)
+        hidden = self.model.hidden(step.input_ids[None], step.positions[None], step)[0]  # (N, C)
+        rows = [row for row, chunk in zip(step.last_rows, batch, strict=True) if chunk.reaches_end]
+        return hidden[rows]
+
+    def _extend(self, samples: list[Sample], logits: Tensor) -> None:
+        """Draw the next token of each sample from fp32 logits (B, V), and say whether it was the last."""
+        wanted = any(one.params.logprobs for one in samples)
+        tokens, logprobs = sample(logits, _draws(samples, logits.device), logprobs=wanted)
+        values = [0.0] * len(samples) if logprobs is None else logprobs.tolist()
+        for one, token, logprob in zip(samples, tokens.tolist(), values, strict=True):
+            one.tokens.append(token)
+            if one.params.logprobs:
+                one.logprobs.append(logprob)
+            if token in one.params.stop_token_ids:
+                one.finish_reason = "stop"
+            elif len(one.tokens) == one.max_tokens:
+                one.finish_reason = "length"
+            if one.finish_reason is not None:
+                self.scheduler.remove(one)
+
+    def _samples(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[_Sequence]:
+    ) -> list[Sample]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one for each")
@@ -158,80 +282,42 @@ class Engine:
                     f"prompt {index} has {len(prompt)} tokens; the context holds {config.max_position_embeddings}"
                 )
         return [
-            _Sequence(list(prompt), p, index, sample, torch.Generator().manual_seed(p.seed + sample))
+            Sample(
+                tokens=list(prompt),
+                num_prompt=len(prompt),
+                max_tokens=min(len(prompt) + p.max_tokens, config.max_position_embeddings),
+                params=p,
+                prompt_index=index,
+                sample_index=number,
+            )
             for index, (prompt, p) in enumerate(zip(prompts, each, strict=True))
-            for sample in range(p.n)
+            for number in range(p.n)
         ]
 
-    @torch.inference_mode()
-    def _run(self, batch: list[_Sequence]) -> Iterator[None]:
-        """Generate all of `batch` to its end; yields after every token."""
-        device = self.model.device
-        cache = KVCache(self.model.config, len(batch), self.model.lm_head.weight.dtype, device)
-        logits = self.model.lm_head(self._prefill(batch, cache)).float()  # (B, V)
-        running = batch
-        while True:
-            tokens = [self._sample(sequence, row) for sequence, row in zip(running, logits, strict=True)]
-            yield
-            rows = [i for i, sequence in enumerate(running) if sequence.finish_reason is None]
-            if not rows:
-                return
-            if len(rows) < len(running):
-                cache.keep(torch.tensor(rows, device=device))
-                running = [running[i] for i in rows]
-                tokens = [tokens[i] for i in rows]
-            positions = torch.tensor([len(s.prompt) + len(s.token_ids) - 1 for s in running], device=device)
-            num_keys = int(positions.max()) + 1
-            cache.reserve(num_keys)
-            ids = torch.tensor(tokens, device=device)
-            logits = self.model(ids[:, None], positions[:, None], cache, num_keys)[:, -1].float()  # (B, V)
 
-    def _prefill(self, batch: list[_Sequence], cache: KVCache) -> Tensor:
-        """Run the prompts, right-padded, in chunks; return the hidden state of each one's last token, (B, C)."""
-        device = self.model.device
-        lengths = torch.tensor([len(sequence.prompt) for sequence in batch], device=device)
-        longest = int(lengths.max())
-        ids = torch.zeros(len(batch), longest, dtype=torch.int64, device=device)
-        for row, sequence in enumerate(batch):
-            ids[row, : len(sequence.prompt)] = torch.tensor(sequence.prompt, device=device)
-        last = torch.empty(
-            len(batch), self.model.config.hidden_size, dtype=self.model.lm_head.weight.dtype, device=device
-        )
-        for start in range(0, longest, PREFILL_CHUNK_TOKENS):
-            end = min(start + PREFILL_CHUNK_TOKENS, longest)
-            cache.reserve(end)
-            positions = torch.arange(start, end, device=device).expand(len(batch), -1)
-            hidden = self.model.hidden(ids[:, start:end], positions, cache, end)  # (B, T, C)
-            here = ((lengths > start) & (lengths <= end)).nonzero().flatten()
-            last[here] = hidden[here, lengths[here] - 1 - start]
-        return last
+def _draws(samples: list[Sample], device: torch.device) -> Draws:
+    """Return how each sample draws its next token."""
+    params = [one.params for one in samples]
 
-    def _sample(self, sequence: _Sequence, logits: Tensor) -> int:
-        """Draw the next token of one sequence from (V,) fp32 logits, record it, and say whether it was the last."""
-        params = sequence.params
-        token = draw(logits, params.temperature, params.top_p, sequence.generator)
-        sequence.token_ids.append(token)
-        if params.logprobs:
-            sequence.logprobs.append(float(logits[token] - logits.logsumexp(-1)))
-        room = self.model.config.max_position_embeddings - len(sequence.prompt)
-        if token in params.stop_token_ids:
-            sequence.finish_reason = "stop"
-        elif len(sequence.token_ids) >= min(params.max_tokens, room):
-            sequence.finish_reason = "length"
-        return token
+    def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    zeros = [0] * len(samples)
+    return Draws(
+        temperature=column([p.temperature for p in params], torch.float32),
+        top_k=column([p.top_k for p in params], torch.int64),
+        top_p=column([p.top_p for p in params], torch.float32),
+        min_p=column([p.min_p for p in params], torch.float32),
+        seed=column([p.seed + one.sample_index for p, one in zip(params, samples, strict=True)], torch.int64),
+        request=column(zeros, torch.int64),
+        sample=column(zeros, torch.int64),
+        position=column([len(one.tokens) for one in samples], torch.int64),
+    )
 
 
-def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Return a token id from (V,) fp32 logits: the most likely at temperature 0, else by inverse CDF over the nucleus.
-
-    The nucleus is the smallest set of most likely tokens whose probability reaches `top_p`.
-    """
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
-    cumulative = probabilities.double().cumsum(-1)
-    size = int((cumulative < top_p).sum()) + 1 if top_p < 1 else len(ids)
-    total = cumulative[min(size, len(ids)) - 1]
-    point = torch.rand((), generator=generator, dtype=torch.float64).to(logits.device) * total
-    index = min(int(torch.searchsorted(cumulative, point)), len(ids) - 1)
-    return int(ids[index])
+def _cache_tokens(config: ModelConfig, limits: Limits, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many tokens to hold in the layers without a window, if nobody said."""
+    budget = _free_bytes(device) * CACHE_SHARE[device.type]
+    per_token = PagedCache.bytes_per_token(config, dtype)
+    fits = int(budget / max(1, per_token["full"] + per_token["window"]))
+    return max(limits.step_tokens, min(fits, limits.max_batch * config.max_position_embeddings))

@@ -1,7 +1,7 @@
 """The gpt-oss transformer in plain PyTorch: one definition for training and inference, differentiable, CPU and CUDA.
 
-Module and parameter names are those of Hugging Face's checkpoint. Legend for shapes: B batch, T new tokens, S cached
-and new tokens, H query heads, K key/value heads, R = H / K query heads per kv head, D head_dim, C hidden size, E
+Module and parameter names are those of Hugging Face's checkpoint. Legend for shapes: B batch, T new tokens, H query
+heads, K key/value heads, R = H / K query heads per kv head, D head_dim, C hidden size, E
 experts, I intermediate size, N = B T tokens, k experts per token.
 Source: openai/gpt-oss model card (arXiv 2508.10925) and reference code; equal to transformers' GptOssForCausalLM
 (tests).
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from gptoss_infer.attention import Blocks, cached_attention, packed_attention
+from gptoss_infer.attention import Blocks, packed_attention
 from gptoss_infer.config import ModelConfig, RopeConfig
 from gptoss_infer.experts import Activation, ExpertFormat, Experts, Routing, Shown
 
@@ -27,10 +27,10 @@ Recompute = Literal["none", "experts", "layers"]
 
 
 class LayerCache(Protocol):
-    """What attention asks of a cache: take this call's keys and values, return all of the layer's."""
+    """What attention asks of a cache."""
 
-    def update(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) at `positions` (B, T); return (B, K, S, D) where slot s holds position s."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
+        """Keep this call's keys and values (N, K, D), and attend from (N, H, D) to all that each token sees."""
         ...
 
 
@@ -126,13 +126,11 @@ class Attention(nn.Module):
             proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, T, H or K, D)
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, D)
         if context.cache is None:
-            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, D)
             out = packed_attention(q, k, v, self.sinks, context.blocks, self.window)
         else:
-            keys, values = context.cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2), context.positions)
-            mask = context.seen if self.window is None else context.seen_in_window
-            out = cached_attention(q.transpose(1, 2), keys, values, self.sinks, mask)
+            out = context.cache.attend(self.layer, q, k, v, self.sinks, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
@@ -179,12 +177,10 @@ class Layer(nn.Module):
 
 
 class Context:
-    """What all layers share in one forward: positions, rotations, what each query sees, the cache, and the options."""
+    """What all layers share in one forward: rotations, what each query sees, the cache, and the options."""
 
-    def __init__(
-        self, config: ModelConfig, positions: Tensor, like: Tensor, cache: LayerCache | None, num_keys: int
-    ) -> None:
-        self.positions, self.cache = positions, cache
+    def __init__(self, config: ModelConfig, positions: Tensor, like: Tensor, cache: LayerCache | None) -> None:
+        self.cache = cache
         device, dtype = like.device, like.dtype
         self.recompute: Recompute = "none"
         self.watch: Watch | None = None
@@ -193,10 +189,6 @@ class Context:
         self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
         if cache is None:
             self.blocks = Blocks(document_starts(positions), device)
-            return
-        distance = positions[:, :, None] - torch.arange(num_keys, device=device)  # (B, T, S)
-        self.seen = (distance >= 0)[:, None, None]  # (B, 1, 1, T, S)
-        self.seen_in_window = self.seen & (distance < config.sliding_window)[:, None, None]
 
 
 def document_starts(positions: Tensor) -> Tensor:
@@ -246,7 +238,6 @@ class GptOss(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         cache: LayerCache | None = None,
-        num_keys: int = 0,
         *,
         recompute: Recompute = "none",
         offload: bool = False,
@@ -258,7 +249,7 @@ class GptOss(nn.Module):
             input_ids: int64 (B, T). Padding goes to the right, where causality hides it.
             positions: int64 (B, T), on any device; 0..T-1 if omitted. Without a cache a row may hold several documents,
                 one after another, whose positions start at 0 each; none sees another.
-            cache: filled at `positions`; its first `num_keys` slots are attended to.
+            cache: keeps keys and values, and knows which sequence each token goes on with; B is then 1.
             recompute: what the backward pass computes again instead of keeping: the experts' pre-activations, or whole
                 layers (all but their inputs).
             offload: what `recompute="layers"` keeps waits in main memory.
@@ -268,7 +259,7 @@ class GptOss(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         embedding = self.model.embed_tokens
         x = embedding(input_ids.to(embedding.weight.device)).to(self.device)  # (B, T, C)
-        context = Context(self.config, positions, x, cache, num_keys)
+        context = Context(self.config, positions, x, cache)
         context.recompute, context.watch = recompute, watch
         keep = save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext()
         with keep:
@@ -277,8 +268,6 @@ class GptOss(nn.Module):
         context.watch = None  # not again in the backward pass
         return self.model.norm(x)
 
-    def forward(
-        self, input_ids: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None, num_keys: int = 0
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """Return logits (B, T, V); arguments as in `hidden`."""
-        return self.lm_head(self.hidden(input_ids, positions, cache, num_keys))
+        return self.lm_head(self.hidden(input_ids, positions, cache))

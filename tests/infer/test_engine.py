@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, write_tiny
+from oracles import transformers_model
 
 import gptoss_infer as gi
-from gptoss_infer import engine as engine_module
-from gptoss_infer.engine import Engine, SamplingParams, draw
+from gptoss_infer.engine import Engine, SamplingParams
 from gptoss_infer.errors import UsageError
 from gptoss_infer.model import GptOss
 
@@ -51,15 +51,6 @@ def test_greedy_tokens_are_the_argmax_of_a_full_forward_for_prompts_of_different
     for prompt, completion in zip(ragged, Engine(model).generate(ragged, GREEDY), strict=True):
         assert len(completion.token_ids) == 24
         assert completion.token_ids == full_logits(model, prompt, completion.token_ids).argmax(-1).tolist()
-
-
-def test_prompts_longer_than_a_prefill_chunk_give_the_same_tokens(
-    model: GptOss, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ragged = prompts(70, 33, 32, 31, 1)
-    whole = [completion.token_ids for completion in Engine(model).generate(ragged, GREEDY)]
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK_TOKENS", 16)
-    assert [completion.token_ids for completion in Engine(model).generate(ragged, GREEDY)] == whole
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -153,53 +144,6 @@ def test_a_bf16_checkpoint_and_bf16_activations_generate(tmp_path: Path) -> None
         assert len(completion.token_ids) == 24
 
 
-def frequencies(probabilities: list[float], *, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
-    """Shares of 4,000 draws; the standard deviation of a share is below 0.008."""
-    logits = torch.tensor(probabilities).log()
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(len(probabilities))
-    for _ in range(4000):
-        counts[draw(logits, temperature, top_p, generator)] += 1
-    return counts / 4000
-
-
-@pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [
-        (0.01, [0, 1, 0, 0]),
-        (0.49, [0, 1, 0, 0]),
-        (0.51, [0, 0.5 / 0.75, 0, 0.25 / 0.75]),
-        (0.74, [0, 0.5 / 0.75, 0, 0.25 / 0.75]),
-        (0.76, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9]),
-        (0.91, [0.15, 0.5, 0.1, 0.25]),
-        (1.0, [0.15, 0.5, 0.1, 0.25]),
-    ],
-)
-def test_the_nucleus_is_the_smallest_set_of_likely_tokens_that_reaches_top_p(
-    top_p: float, expected: list[float]
-) -> None:
-    got = frequencies([0.15, 0.5, 0.1, 0.25], top_p=top_p)
-    assert got.tolist() == pytest.approx(expected, abs=0.03)  # 4 standard deviations
-    assert all(share == 0 for share, wanted in zip(got.tolist(), expected, strict=True) if wanted == 0)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_raises_probabilities_to_its_inverse(temperature: float) -> None:
-    probabilities = torch.tensor([0.15, 0.5, 0.1, 0.25])
-    expected = probabilities ** (1 / temperature)
-    got = frequencies(probabilities.tolist(), temperature=temperature)
-    assert got.tolist() == pytest.approx((expected / expected.sum()).tolist(), abs=0.03)
-
-
-def test_temperature_0_takes_the_most_likely_token_whatever_top_p_says() -> None:
-    assert frequencies([0.15, 0.5, 0.1, 0.25], temperature=0, top_p=0.1).tolist() == [0, 1, 0, 0]
-
-
-def test_tokens_of_probability_zero_are_never_drawn() -> None:
-    got = frequencies([0.0, 0.5, 0.0, 0.5])
-    assert got[0] == got[2] == 0
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -230,3 +174,126 @@ def test_parameters_that_mean_nothing_are_refused(model: GptOss) -> None:
             SamplingParams(**change)
     with pytest.raises(UsageError, match="2 prompts but 1 sampling parameters"):
         list(Engine(model).generate(prompts(3, 3), [GREEDY]))
+
+
+def run(engine: Engine, many: list[list[int]], params: SamplingParams) -> list[tuple[list[int], list[float]]]:
+    return [(c.token_ids, c.logprobs or []) for c in engine.generate(many, replace(params, logprobs=True))]
+
+
+def all_pages_are_free(engine: Engine) -> bool:
+    engine.scheduler.forget_prefixes()
+    pools = engine.scheduler.full, engine.scheduler.window
+    return all(pool.num_free == pool.size for pool in pools)
+
+
+def test_prompts_longer_than_a_step_give_the_same_tokens(model: GptOss) -> None:
+    ragged = prompts(170, 33, 32, 31, 1)
+    whole = [tokens for tokens, _ in run(Engine(model), ragged, GREEDY)]
+    small = Engine(model, step_tokens=16, max_batch=8, page_tokens=16)
+    assert [tokens for tokens, _ in run(small, ragged, GREEDY)] == whole
+
+
+def test_samples_that_share_pages_are_those_that_share_nothing(model: GptOss) -> None:
+    start = prompts(100)[0]
+    many = [start + end for end in prompts(1, 7, 30)]
+    expected = [
+        next(Engine(model).generate([prompt], replace(SAMPLED, seed=s))) for prompt in many for s in range(3, 7)
+    ]
+    engine = Engine(model, page_tokens=16)
+    got = list(engine.generate(many, replace(SAMPLED, n=4)))
+    assert [c.token_ids for c in got] == [c.token_ids for c in expected]
+    # 96 tokens of the beginning are whole pages. The first of 12 computes them, and what follows it once for 4.
+    assert engine.scheduler.num_reused >= 11 * 96
+    again = list(engine.generate(many, replace(SAMPLED, n=4)))
+    assert [c.token_ids for c in again] == [c.token_ids for c in expected], "kept pages were written"
+
+
+def test_a_cache_that_is_too_small_for_all_computes_samples_again_and_gives_the_same(model: GptOss) -> None:
+    many = prompts(60, 50, 40, 30)
+    expected = run(Engine(model), many, SAMPLED)
+    engine = Engine(model, cache_tokens=176, page_tokens=16, step_tokens=64)
+    got = run(engine, many, SAMPLED)
+    assert engine.scheduler.num_preempted > 0
+    assert [tokens for tokens, _ in got] == [tokens for tokens, _ in expected]
+    assert all_pages_are_free(engine)
+
+
+@pytest.mark.parametrize(("dtype", "cache_tokens"), [(torch.float32, None), (torch.bfloat16, 320)])
+def test_deterministic_results_are_bitwise_the_same_alone_and_among_32_others(
+    tmp_path: Path, dtype: torch.dtype, cache_tokens: int | None
+) -> None:
+    model = gi.load(write_tiny(tmp_path / "base", tiny_config()), device="cpu", dtype=dtype)
+    mine = prompts(75)[0]
+    others = prompts(*range(1, 64, 2))
+    params = replace(SAMPLED, max_tokens=12)
+    alone = run(Engine(model, deterministic=True, page_tokens=16, step_tokens=32), [mine], params)
+    options = {"page_tokens": 16, "step_tokens": 32, "max_batch": 32, "cache_tokens": cache_tokens}
+    engine = Engine(model, deterministic=True, **options)
+    crowd = run(engine, [*others[:16], mine, *others[16:]], params)
+    assert crowd[16] == alone[0]  # tokens, and log probabilities to the last bit
+    assert (engine.scheduler.num_preempted > 0) == (cache_tokens is not None)
+    assert all_pages_are_free(engine)
+
+
+def test_closing_a_generator_cancels_what_is_left_and_frees_its_pages(model: GptOss) -> None:
+    engine = Engine(model, page_tokens=16)
+    completions = engine.generate(prompts(40, 30, 20), replace(GREEDY, n=2))
+    next(completions)
+    completions.close()
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
+    assert all_pages_are_free(engine)
+
+
+def test_a_cancelled_sample_keeps_its_tokens_and_changes_nothing_for_the_others(model: GptOss) -> None:
+    engine = Engine(model)
+    expected = [tokens for tokens, _ in run(engine, prompts(30, 20), SAMPLED)]
+    first, second = engine.add(prompts(30, 20), SAMPLED)
+    for _ in range(5):
+        engine.step()
+    engine.cancel([first])
+    while second.finish_reason is None:
+        engine.step()
+    assert first.completion().finish_reason == "cancelled"
+    assert first.token_ids == expected[0][:5]
+    assert second.token_ids == expected[1]
+    assert all_pages_are_free(engine)
+
+
+def test_samples_that_come_later_join_those_that_run(model: GptOss) -> None:
+    expected = [tokens for tokens, _ in run(Engine(model), prompts(30, 20), SAMPLED)]
+    engine = Engine(model)
+    (first,) = engine.add(prompts(30, 20)[:1], SAMPLED)
+    for _ in range(7):
+        engine.step()
+    (second,) = engine.add(prompts(30, 20)[1:], SAMPLED)
+    grown = engine.step()
+    assert grown == [first, second]
+    while second.finish_reason is None:
+        engine.step()
+    assert [first.token_ids, second.token_ids] == expected
+    assert engine.step() == []
+
+
+def test_a_request_that_could_outgrow_the_cache_is_refused_before_anything_is_queued(model: GptOss) -> None:
+    engine = Engine(model, cache_tokens=64, page_tokens=16)
+    with pytest.raises(UsageError, match="prompt 1 may grow to 74 tokens; the cache holds 64"):
+        engine.add(prompts(5, 50), GREEDY)
+    assert not engine.scheduler.waiting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"num_experts_per_tok": 1}, {"num_key_value_heads": 1}], ids=str)
+def test_256_greedy_tokens_are_those_of_transformers(tmp_path: Path, changes: dict[str, int]) -> None:
+    directory = write_tiny(tmp_path / "base", tiny_config(**changes))
+    many = prompts(140, 3)
+    oracle = transformers_model(directory)
+    completions = Engine(gi.load(directory, device="cpu", dtype=torch.float32)).generate(
+        many, replace(GREEDY, max_tokens=256)
+    )
+    for prompt, completion in zip(many, completions, strict=True):
+        ids = torch.tensor([prompt])
+        expected = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=256, do_sample=False, pad_token_id=0
+        )
+        assert completion.token_ids == expected[0, len(prompt) :].tolist()

@@ -1,8 +1,9 @@
-"""`gptoss-infer` (also `python -m gptoss_infer`): generate with a checkpoint, inspect or convert it, check the machine.
+"""`gptoss-infer` (also `python -m gptoss_infer`): run a checkpoint, inspect, convert or time it, check the machine.
 
     gptoss-infer generate openai/gpt-oss-20b "Why is the sky blue?" --effort low
     gptoss-infer inspect runs/mine/model --against openai/gpt-oss-20b
     gptoss-infer convert gpt-oss-20b gpt-oss-20b-original --to original
+    gptoss-infer bench --shape 20b --batch 1,8,32
     gptoss-infer doctor
 
 Here are the command lines alone; what they do is imported when it is needed, so that `--help` is quick.
@@ -32,8 +33,10 @@ Commands = argparse._SubParsersAction  # of ArgumentParser; argparse has no publ
 def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    handler = {"generate": _generate, "inspect": _inspect, "convert": _convert, "doctor": _doctor}[arguments.command]
-    return handler(arguments)
+    handlers = {
+        "generate": _generate, "inspect": _inspect, "convert": _convert, "bench": _bench, "doctor": _doctor,
+    }  # fmt: skip
+    return handlers[arguments.command](arguments)
 
 
 def entry() -> NoReturn:
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_convert(commands)
+    _add_bench(commands)
     doctor = _add(
         commands, "doctor", "say what this machine can do, and what to do about what it cannot", "gptoss-infer doctor"
     )
@@ -134,6 +138,28 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert.add_argument(
         "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="size of a weight file (5000000000)"
     )
+
+
+def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
+    bench = _add(
+        commands,
+        "bench",
+        "time reading prompts and generating, with the share of what this machine can do",
+        "gptoss-infer bench --shape 20b --batch 1,8,32 --prompt 256 --new 64",
+    )
+    bench.add_argument("checkpoint", metavar="CKPT", nargs="?", help="checkpoint directory, or hub id[@revision]")
+    bench.add_argument(
+        "--shape", metavar="20b|120b|FILE", help="random weights instead: of this size, or a config.json"
+    )
+    bench.add_argument("--batch", default="1,8,32", metavar="N,N", help="samples at a time, case by case (1,8,32)")
+    bench.add_argument("--prompt", type=int, default=256, metavar="N", help="tokens of a prompt (256)")
+    bench.add_argument("--new", type=int, default=64, metavar="N", help="tokens generated after it (64)")
+    bench.add_argument("--rounds", type=int, default=3, metavar="N", help="the best of which is told (3)")
+    bench.add_argument("--adapter", metavar="DIR", help="PEFT adapter over the checkpoint")
+    bench.add_argument("--experts", choices=("mxfp4", "bf16"), help="how they are held (default: as generate does)")
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    bench.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (bfloat16)")
+    bench.add_argument("--json", action="store_true", help="print one JSON object per case instead of a table")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -308,6 +334,44 @@ def _quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     )
     for line in summary_lines(result):
         print(line, file=sys.stderr)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    cases = [(size, arguments.prompt, arguments.new) for size in _numbers("--batch", arguments.batch)]
+    if (arguments.checkpoint is None) == (arguments.shape is None):
+        raise UsageError("give a checkpoint, or --shape for random weights")
+    if arguments.adapter is not None and arguments.checkpoint is None:
+        raise UsageError("--adapter goes with the checkpoint that it was trained over")
+    if arguments.prompt < 1 or arguments.new < 2 or arguments.rounds < 1:
+        raise UsageError("--prompt and --rounds must be at least 1, and --new at least 2")
+
+    from gptoss_infer.bench import Case, bench, header, open_model, row
+    from gptoss_infer.loading import DTYPES
+
+    model, seconds = open_model(
+        arguments.checkpoint, arguments.shape, arguments.device, DTYPES[arguments.dtype], arguments.experts
+    )
+    print(f"{'loaded' if arguments.shape is None else 'made'} in {seconds:.1f} s", file=sys.stderr)
+    if arguments.adapter is not None:
+        from gptoss_infer.lora import load_adapter
+
+        load_adapter(model, arguments.adapter)
+    if not arguments.json:
+        print(header())
+    for result in bench(model, [Case(*case) for case in cases], arguments.rounds):
+        line = json.dumps(result | {"load_s": round(seconds, 2)}) if arguments.json else row(result)
+        print(line, flush=True)
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{name} is {text!r}; expected numbers with commas between, such as 1,8,32") from None
+    if min(numbers) < 1:
+        raise UsageError(f"{name} is {text!r}; every number must be at least 1")
+    return numbers
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

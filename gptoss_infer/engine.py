@@ -37,8 +37,8 @@ PAGE_TOKENS = 64
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free, by default
 
 
-def _form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
-    """Return how `auto` holds the experts of a checkpoint."""
+def form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
+    """Return how `experts="auto"` holds the experts of a checkpoint."""
     if checkpoint.experts == "bf16" or pick_device(device).type != "cpu":
         return checkpoint.experts
     config = checkpoint.config
@@ -166,7 +166,7 @@ class Engine:
                 memory.
         """
         opened = Checkpoint.open(resolve(checkpoint))
-        form = _form_for(opened, device, dtype) if experts == "auto" else experts
+        form = form_for(opened, device, dtype) if experts == "auto" else experts
         model = load(opened, device=device, dtype=dtype, experts=form)
         if adapter is not None:
             from gptoss_infer.lora import load_adapter  # brings peft

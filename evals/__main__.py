@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "report", "write one self-contained HTML file", "gptoss-eval report runs/mine --out report.html"
     )
     report.add_argument(
-        "directories", metavar="DIR", type=Path, nargs="+", help="run or evaluation directory; several are put together"
+        "directories",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        help="run, evaluation, exported checkpoint or study; several are put together",
     )
     report.add_argument("--out", type=Path, help="HTML file (default: report.html in DIR, or here for several)")
     tasks = _add(commands, "tasks", "list the tasks and where their data comes from", "gptoss-eval tasks")

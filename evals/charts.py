@@ -7,11 +7,14 @@ The SVG itself is written by `report.html.j2`, so that all text in it is escaped
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 _MAX_POINTS = 400  # of one line; more are averaged in groups, since no screen shows them apart
+SMALL_WIDTH, SMALL_HEIGHT = 300.0, 170.0  # of a chart that shares its line of the page with two others
+_MAX_NOTED = 3  # values off the scale that are named in the caption; all are in tooltips
+Beyond = Literal["", "low", "high"]
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 56.0, 16.0, 10.0, 28.0
 
 
@@ -30,11 +33,38 @@ class Tick(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """A marked value: where, and what a tooltip says."""
+    """A marked value: where, what a tooltip says, and whether it lies beyond the `low` or `high` end of the scale."""
 
     x: float
     y: float
     label: str
+    beyond: Beyond = ""
+
+
+class Axis(NamedTuple):
+    """A scale of values: what it shows in any case, and which values it need not show, to be drawn on its edge."""
+
+    shown: tuple[float, ...] = ()
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    reference: float | None = None  # a value that is drawn as a line
+    is_share: bool = False  # written as percentages
+
+    def span(self, values: Iterable[float]) -> tuple[float, float]:
+        """The least and the largest of what is shown in any case and of the values that are within the limits."""
+        within = [value for value in values if not beyond(value, *self.limits)]
+        return min([*within, *self.shown], default=0.0), max([*within, *self.shown], default=1.0)
+
+    def text(self, value: float) -> str:
+        """The value as it is written."""
+        return f"{round(100 * value, 10):.4g}%" if self.is_share else f"{value:.4g}"
+
+
+_PLAIN = Axis()
+
+
+def beyond(value: float, low: float, high: float) -> Beyond:
+    """Which end of a scale the value is beyond."""
+    return "low" if value < low else "high" if value > high else ""
 
 
 @dataclass(frozen=True)
@@ -59,12 +89,13 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over steps, ready to be drawn; all positions are in user units of the `width` x `height` view box.
+    """Lines over steps or layers, ready to be drawn; positions are in user units of the `width` x `height` view box.
 
     `n_not_finite` points could not be drawn: a loss that diverged must not vanish from the picture unsaid.
     """
 
     title: str
+    over: str
     width: float
     height: float
     left: float
@@ -73,11 +104,30 @@ class LineChart:
     bottom: float
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    reference: float | None
     lines: tuple[Line, ...]
     n_not_finite: int
 
+    @property
+    def notes(self) -> str:
+        """What could not be drawn where it is."""
+        notes = [f"{self.n_not_finite} values that are not finite are left out"] if self.n_not_finite else []
+        off = [f"{line.name}, {dot.label}" for line in self.lines for dot in line.dots if dot.beyond]
+        if off:
+            more = f" and {len(off) - _MAX_NOTED} more" if len(off) > _MAX_NOTED else ""
+            notes.append(f"off the scale: {'; '.join(off[:_MAX_NOTED])}{more}")
+        return "; ".join(notes)
 
-def line_chart(title: str, series: Sequence[Series], *, width: float = 720, height: float = 260) -> LineChart | None:
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    width: float = 720,
+    height: float = 260,
+    over: str = "step",
+    axis: Axis = _PLAIN,
+) -> LineChart | None:
     """A chart of the series over a common scale; None when none of them has a finite point."""
     thinned = [(one, thin([point for point in one.points if math.isfinite(point.y)])) for one in series]
     drawn = [(one, points) for one, points in thinned if points]
@@ -86,23 +136,27 @@ def line_chart(title: str, series: Sequence[Series], *, width: float = 720, heig
     left, right, top, bottom = _MARGIN_LEFT, width - _MARGIN_RIGHT, _MARGIN_TOP, height - _MARGIN_BOTTOM
     every = [point for _, points in drawn for point in points]
     x_low, x_high = min(point.x for point in every), max(point.x for point in every)
-    y_values = nice_ticks(min(point.y for point in every), max(point.y for point in every), 5)
+    y_values = nice_ticks(*axis.span(point.y for point in every), 5)
     y_low, y_high = y_values[0], y_values[-1]
 
     def place(point: Point) -> tuple[float, float]:
         x = left + (right - left) * ((point.x - x_low) / (x_high - x_low) if x_high > x_low else 0.5)
-        return round(x, 1), round(bottom - (bottom - top) * (point.y - y_low) / (y_high - y_low), 1)
+        y = min(max(point.y, y_low), y_high)
+        return round(x, 1), round(bottom - (bottom - top) * (y - y_low) / (y_high - y_low), 1)
 
     lines = []
     for one, points in drawn:
         places = [place(point) for point in points]
         path = "M" + " L".join(f"{x:g} {y:g}" for x, y in places)
-        labels = [f"step {point.x:g}: {point.y:.4g}" for point in points]
-        dots = [Dot(x, y, label) for (x, y), label in zip(places, labels, strict=True)] if one.dots else []
-        lines.append(Line(one.name, one.style, path, tuple(dots)))
+        dots = [
+            Dot(x, y, f"{over} {point.x:g}: {axis.text(point.y)}", beyond(point.y, y_low, y_high))
+            for (x, y), point in zip(places, points, strict=True)
+        ]
+        lines.append(Line(one.name, one.style, path, tuple(dots) if one.dots else ()))
     x_values = [value for value in nice_ticks(x_low, x_high, 6) if x_low <= value <= x_high and value == int(value)]
     return LineChart(
         title=title,
+        over=over,
         width=width,
         height=height,
         left=left,
@@ -110,7 +164,8 @@ def line_chart(title: str, series: Sequence[Series], *, width: float = 720, heig
         top=top,
         bottom=bottom,
         x_ticks=tuple(Tick(place(Point(value, y_low))[0], f"{value:,g}") for value in x_values),
-        y_ticks=tuple(Tick(place(Point(x_low, value))[1], f"{value:.4g}") for value in y_values),
+        y_ticks=tuple(Tick(place(Point(x_low, value))[1], axis.text(value)) for value in y_values),
+        reference=None if axis.reference is None else place(Point(x_low, axis.reference))[1],
         lines=tuple(lines),
         n_not_finite=sum(not math.isfinite(point.y) for one in series for point in one.points),
     )

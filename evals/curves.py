@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.charts import LineChart, Point, Series, line_chart, smooth
+from evals.charts import SMALL_HEIGHT, SMALL_WIDTH, LineChart, Point, Series, line_chart, smooth
 from gptoss_infer.errors import DataError
 
 Curves = dict[str, tuple[Point, ...]]
 _STYLES = ("first", "second", "third", "fourth")
-_SMALL_WIDTH, _SMALL_HEIGHT = 350.0, 190.0
 
 
 class TrainingCharts(NamedTuple):
@@ -67,7 +66,7 @@ def training_charts(curves: Curves) -> TrainingCharts:
     rest = [name for name in sorted(curves) if not name.startswith(("train/loss", "val/loss"))]
     others = [chart for chart in by_channel if chart is not None]
     for name in rest:
-        chart = line_chart(name, [Series(name, curves[name], "first")], width=_SMALL_WIDTH, height=_SMALL_HEIGHT)
+        chart = line_chart(name, [Series(name, curves[name], "first")], width=SMALL_WIDTH, height=SMALL_HEIGHT)
         others += [chart] if chart is not None else []
     return TrainingCharts(line_chart("loss", loss), tuple(others))
 
@@ -85,4 +84,4 @@ def _by_channel(curves: Curves, prefix: str) -> LineChart | None:
         )
         for index, name in enumerate(names)
     ]
-    return line_chart(f"{prefix.removesuffix('_')} by channel", series, width=_SMALL_WIDTH, height=_SMALL_HEIGHT)
+    return line_chart(f"{prefix.removesuffix('_')} by channel", series, width=SMALL_WIDTH, height=SMALL_HEIGHT)

@@ -1,28 +1,29 @@
 """One self-contained HTML file about training runs and evaluations: `gptoss-eval report`.
 
 Reads files only: `metrics.jsonl`, `recipe.yaml`, `model/export.json` and `environment.json` of a run directory,
-and evaluation directories. No scripts and nothing fetched: styles and SVG are inline, and a content security policy in
-the page forbids the rest. What a model wrote is untrusted text, so the template escapes everything.
+evaluation directories, reports of exports and studies of them. No scripts and nothing fetched: styles and SVG are
+inline, and a content security policy in the page forbids the rest. What a model wrote is untrusted text, so the
+template escapes everything.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evals.compare import Evaluation, Pair, compare, header_notes, read_evaluation
 from evals.curves import TrainingCharts, read_curves, training_charts
+from evals.exports import EXPORT_FILE, GRID_FILE, Export, Study, is_export, is_study, read_export, read_study
 from evals.records import Record, is_evaluation, read_json, write_text
 from evals.scores import NamedScore, Score, score
 from evals.table import interval, outcome_text, percent
 from evals.target import VARIANTS, is_run, read_recipe
-from evals.task import Json, Outcome
+from evals.task import Outcome
 from gptoss_infer.errors import UsageError
 
 GENERATOR = "gptoss-eval report"
@@ -39,14 +40,6 @@ class ScoredEvaluation:
     scores: tuple[Score, ...]
 
 
-class Table(NamedTuple):
-    """A part of a JSON report as a table; `head` is empty for names and values."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
 @dataclass(frozen=True)
 class TrainingRun:
     """What a run directory tells of the training; parts that are not there (yet) are empty."""
@@ -54,7 +47,6 @@ class TrainingRun:
     path: str
     charts: TrainingCharts
     recipe: str
-    export: list[Table]
     environment: str
 
 
@@ -70,7 +62,7 @@ class Transcripts:
 
 @dataclass(frozen=True)
 class Section:
-    """A run directory with its evaluations, or (`run` None) all bare evaluation directories together.
+    """A run directory with its export and evaluations, an export or a study alone, or all bare evaluations together.
 
     `groups` are the scores by task and effort; `settings` the `run.json` of each evaluation by name.
     """
@@ -81,6 +73,8 @@ class Section:
     pairs: list[Pair]
     transcripts: list[Transcripts]
     settings: dict[str, str]
+    export: Export | None = None
+    study: Study | None = None
 
     @property
     def scores(self) -> list[NamedScore]:
@@ -91,13 +85,23 @@ class Section:
 def build_sections(directories: Sequence[Path]) -> list[Section]:
     """Read everything that a report of these directories shows.
 
-    Raises: UsageError for a directory that is neither a run nor an evaluation; DataError for a damaged file in one.
+    Raises: UsageError for a directory that is none of these; DataError for a damaged file in one.
     """
-    unknown = [str(path) for path in directories if not is_run(path) and not is_evaluation(path)]
-    if unknown:
-        raise UsageError(f"{', '.join(unknown)}: neither a run directory (recipe.yaml) nor an evaluation (run.json)")
-    sections = [_run_section(path) for path in directories if is_run(path)]
-    loose = [_scored(path, str(path)) for path in directories if not is_run(path)]
+    sections, loose = [], []
+    for path in directories:
+        if is_run(path):
+            sections.append(_run_section(path))
+        elif is_evaluation(path):
+            loose.append(_scored(path, str(path)))
+        elif is_study(path):
+            sections.append(replace(_section(path.resolve().name, None, []), study=read_study(path)))
+        elif is_export(path):
+            sections.append(replace(_section(path.resolve().name, None, []), export=read_export(path / EXPORT_FILE)))
+        else:
+            raise UsageError(
+                f"{path}: neither a run directory (recipe.yaml) nor an evaluation (run.json), an exported checkpoint "
+                f"({EXPORT_FILE}) or a study ({GRID_FILE})"
+            )
     return sections + ([_section("Evaluations", None, loose)] if loose else [])
 
 
@@ -128,17 +132,17 @@ def render_report(sections: Sequence[Section]) -> str:
 
 def _run_section(run: Path) -> Section:
     read_recipe(run)  # refuses a damaged one; it is shown as written
-    export_report = run / "model" / "export.json"
+    export = run / "model" / EXPORT_FILE
     environment = run / "environment.json"
     evaluations = [_scored(path, path.name) for path in sorted((run / "evals").glob("*")) if is_evaluation(path)]
     training = TrainingRun(
         path=str(run),
         charts=training_charts(read_curves(run / "metrics.jsonl")),
         recipe=(run / "recipe.yaml").read_text(encoding="utf-8"),
-        export=list(_tables(read_json(export_report))) if export_report.is_file() else [],
         environment=json.dumps(read_json(environment), indent=2) if environment.is_file() else "",
     )
-    return _section(run.resolve().name, training, sorted(evaluations, key=_variant_order))
+    section = _section(run.resolve().name, training, sorted(evaluations, key=_variant_order))
+    return replace(section, export=read_export(export) if export.is_file() else None)
 
 
 def _variant_order(scored: ScoredEvaluation) -> tuple[int, str]:
@@ -194,38 +198,6 @@ def _transcripts(evaluation: Evaluation, task: str, effort: str) -> list[tuple[O
     records = [record for record in evaluation.records if (record.task, record.effort) == (task, effort)]
     by_outcome = [(outcome, [record for record in records if record.outcome is outcome]) for outcome in Outcome]
     return [(outcome, len(some), some[:_TRANSCRIPTS_PER_OUTCOME]) for outcome, some in by_outcome if some]
-
-
-def _tables(value: dict[str, Json]) -> Iterator[Table]:
-    """A JSON report as tables: its plain values as one, then one for each list of objects or object of objects in
-    it."""
-    plain = [[key, _cell(item)] for key, item in value.items() if _rows(item) is None]
-    if plain:
-        yield Table("", [], plain)
-    for key, item in value.items():
-        rows = _rows(item)
-        if rows:
-            head = list(dict.fromkeys(name for row in rows for name in row))
-            yield Table(key, head, [[_cell(row.get(name, "")) for name in head] for row in rows])
-
-
-def _rows(value: Json) -> list[dict[str, Json]] | None:
-    """A list of objects, or an object of objects with their keys put in as `name`; None for anything else."""
-    if isinstance(value, dict):
-        items: Iterable[Json] = [{"name": key, **item} for key, item in value.items() if isinstance(item, dict)]
-        size = len(value)
-    else:
-        items, size = (value, len(value)) if isinstance(value, list) else ([], 0)
-    rows = [item for item in items if isinstance(item, dict)]
-    return rows if rows and len(rows) == size else None
-
-
-def _cell(value: Json) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _clip(text: str) -> str:

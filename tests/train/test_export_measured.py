@@ -15,6 +15,7 @@ from oracles import slow_decode
 from torch import Tensor
 
 import gptoss_infer as gi
+from evals.exports import read_export
 from gptoss_infer.adapter import ATTENTION, EXPERTS, Adapter, Target, write_adapter
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import DataError
@@ -198,6 +199,9 @@ def test_a_run_measures_its_export_and_an_allowed_increase_decides_the_exit_code
     report = json.loads((tmp_path / "run/model/export.json").read_text())
     assert report["bias_correction"]
     assert (tmp_path / "run/calibration.safetensors").exists()
+    shown = read_export(tmp_path / "run/model/export.json")
+    assert [len(chart.lines) for chart in shown.layers] == [3, 3, 3]
+    assert [panel.heading for panel in shown.losses[0].panels] == ["on task", "on unrelated"]
     again = ["export", tmp_path / "run", tmp_path / "again"]
     finish(*again)
     one, other = (tmp_path / name / "model.safetensors" for name in ("run/model", "again"))

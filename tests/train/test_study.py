@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.exports import read_study
 from gptoss_infer import rounding
 from gptoss_infer.adapter import write_adapter
 from gptoss_infer.checkpoint import Checkpoint
@@ -76,6 +77,8 @@ def test_a_study_measures_every_method_and_goes_on_where_it_stopped(
     assert read_cells(out)[0] == cell, "what was done is not done again"
     assert all(row["cells"] == 2 for row in more["rows"])
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(more))
+    shown = read_study(out)
+    assert [len(chart.rows) for chart in shown.charts] == [len(methods) - 1] * 2, "all but the merge"
     for other in ({"steps": 4}, {"tasks": {"copy": ("other.jsonl", "other.jsonl")}}):
         with pytest.raises(UsageError, match="holds a study with other settings"):
             study(replace(grid, **other), out)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ class Blocks:
         return hidden if window is None else hidden | (queries - keys >= window)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, window: int | None) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, *, window: int | None) -> Tensor:
     """Attend within documents, causally, to the last `window` keys (the query's own included; None: to all).
 
     Args:

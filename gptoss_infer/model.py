@@ -128,7 +128,7 @@ class Attention(nn.Module):
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, D)
         if context.cache is None:
-            out = packed_attention(q, k, v, self.sinks, context.blocks, self.window)
+            out = packed_attention(q, k, v, self.sinks, context.blocks, window=self.window)
         else:
             out = context.cache.attend(self.layer, q, k, v, self.sinks, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))

@@ -56,7 +56,9 @@ def bench(checkpoint: str, shape: Shape, steps: int, settings: dict[str, dict[st
     accelerator = Accelerator(cpu=recipe.model.device == "cpu" or not torch.cuda.is_available())
     data = synthetic(opened.config, shape, steps + 1)
     with tempfile.TemporaryDirectory() as directory:
-        trainer = build_trainer(recipe, opened, data, None, Path(directory), "", accelerator)
+        trainer = build_trainer(
+            recipe, opened, data, None, run_dir=Path(directory), fingerprint="", accelerator=accelerator
+        )
         times: list[float] = []
         values: dict[str, float] = {}
         for step in range(steps + 1):

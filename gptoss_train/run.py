@@ -199,7 +199,10 @@ def _trainer(recipe: Recipe, run_dir: Path, base: Path, accelerator: Accelerator
             if dataset is not None:
                 print(dataset.report.text(), file=sys.stderr)
     fingerprint = _fingerprint(recipe, base, train, validation)
-    return build_trainer(recipe, Checkpoint.open(base), train, validation, run_dir, fingerprint, accelerator)
+    checkpoint = Checkpoint.open(base)
+    return build_trainer(
+        recipe, checkpoint, train, validation, run_dir=run_dir, fingerprint=fingerprint, accelerator=accelerator
+    )
 
 
 def _fingerprint(recipe: Recipe, base: Path, train: Dataset, validation: Dataset | None) -> str:

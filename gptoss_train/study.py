@@ -212,7 +212,9 @@ def _more_steps(
 
 def _trainer(grid: Grid, checkpoint: Checkpoint, train: Dataset, recipe: Recipe) -> Trainer:
     accelerator = Accelerator(cpu=grid.device == "cpu" or not torch.cuda.is_available())
-    return build_trainer(recipe, checkpoint, train, None, Path("unused"), "", accelerator)
+    return build_trainer(
+        recipe, checkpoint, train, None, run_dir=Path("unused"), fingerprint="", accelerator=accelerator
+    )
 
 
 def _do_steps(trainer: Trainer) -> None:

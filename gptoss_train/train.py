@@ -275,6 +275,7 @@ def build_trainer(
     checkpoint: Checkpoint,
     train: Dataset,
     validation: Dataset | None,
+    *,
     run_dir: Path,
     fingerprint: str,
     accelerator: Accelerator,
@@ -292,7 +293,9 @@ def build_trainer(
     targets = all_targets(checkpoint.config.num_hidden_layers, lora.weights, layers)
     torch.manual_seed(recipe.train.seed)  # of the factors
     attach(model, targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora)
-    return Trainer(recipe, model, targets, train, validation, run_dir, fingerprint, accelerator)
+    return Trainer(
+        recipe, model, targets, train, validation, run_dir=run_dir, fingerprint=fingerprint, accelerator=accelerator
+    )
 
 
 def channel_sums(losses: Tensor, channels: Tensor) -> Tensor:

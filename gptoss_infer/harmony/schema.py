@@ -75,7 +75,7 @@ class _Adapter:
                 variants = [_node(variant, where) for variant in _list(node, keyword, where)]
                 base = {key: value for key, value in node.items() if key != keyword}
                 if any(key in variant for variant in variants for key in _SHAPING):
-                    return self._union(base, variants, keyword, where, path, shows_null)
+                    return self._union(base, variants, keyword, where, path, shows_null=shows_null)
                 node = base  # "one of these is required" and the like, for which the rendering has no words
         return self._plain(node, where, path, shows_null)
 
@@ -97,7 +97,7 @@ class _Adapter:
                 return out
             base = {key: value for key, value in node.items() if key in _COMMENTS}
             variants = [{**_without(node, *_COMMENTS), "type": name} for name in kind]
-            return self._union(base, variants, "anyOf", where, path, shows_null)
+            return self._union(base, variants, "anyOf", where, path, shows_null=shows_null)
         if kind is not None:
             out["type"] = ["null"] if kind == "null" else kind
         if kind == "object" and "properties" in node:
@@ -113,7 +113,7 @@ class _Adapter:
         return out
 
     def _union(
-        self, base: Schema, variants: list[Schema], keyword: str, where: str, path: tuple[str, ...], shows_null: bool
+        self, base: Schema, variants: list[Schema], keyword: str, where: str, path: tuple[str, ...], *, shows_null: bool
     ) -> Schema:
         """`anyOf` or `oneOf`: a list of type names if that says it all, else `nullable`, else a oneOf."""
         shared = _without(base, *_COMMENTS, "nullable")

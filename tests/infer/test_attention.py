@@ -49,7 +49,7 @@ def test_output_and_all_gradients_equal_the_dense_softmax_of_each_document(
         tensors = inputs(n)
         if formulation == "packed":
             blocks = Blocks(document_starts(positions_of(lengths)[None]), torch.device("cpu"))
-            out = packed_attention(*tensors, blocks, window)
+            out = packed_attention(*tensors, blocks, window=window)
         else:
             out = dense(*tensors, lengths, window or n)
         out.backward(upstream)
@@ -74,7 +74,7 @@ def test_scores_of_one_block_of_queries_are_all_that_exists_at_a_time() -> None:
     tensors = inputs(n)
     blocks = Blocks(document_starts(positions_of([n])[None]), torch.device("cpu"))
     with Recorder():
-        packed_attention(*tensors, blocks, None).sum().backward()
+        packed_attention(*tensors, blocks, window=None).sum().backward()
     assert HEADS * n * n > largest > 0
     assert largest <= HEADS * attention.BLOCK_QUERIES * n
 

@@ -79,7 +79,9 @@ def test_memory_is_what_torch_records_of_a_real_step(
     recipe = recipe_of(**sections)
     batch = recipe.train.batch_tokens // 256
     data = synthetic(CONFIG, Shape(256, batch, 4, 0.5), 2)
-    trainer = build_trainer(recipe, checkpoint, data, None, tmp_path, "", Accelerator(cpu=True))
+    trainer = build_trainer(
+        recipe, checkpoint, data, None, run_dir=tmp_path, fingerprint="", accelerator=Accelerator(cpu=True)
+    )
     planned = dry_run(recipe, CONFIG, [256] * 4, 512, gpu=False)
     assert planned.device == pytest.approx(measured(trainer), rel=0.05)
     assert planned.num_factors == sum(factor.numel() for factor in trainer.factors.values())

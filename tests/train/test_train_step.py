@@ -44,7 +44,9 @@ def trainer(tiny_base: Path, tmp_path: Path) -> Any:
         recipe = Recipe.model_validate(values | sections)
         data = Dataset(samples(), Report("synthetic"), "")
         checkpoint = Checkpoint.open(tiny_base)
-        return build_trainer(recipe, checkpoint, data, None, tmp_path, "", Accelerator(cpu=True))
+        return build_trainer(
+            recipe, checkpoint, data, None, run_dir=tmp_path, fingerprint="", accelerator=Accelerator(cpu=True)
+        )
 
     return make
 

@@ -20,7 +20,7 @@ from gptoss_infer.config import ModelConfig, parse_config, published, read_json
 from gptoss_infer.engine import Engine, SamplingParams, form_for
 from gptoss_infer.errors import UsageError
 from gptoss_infer.experts import ExpertLinear
-from gptoss_infer.loading import load, pick_device
+from gptoss_infer.loading import load, pick_device, show_progress
 from gptoss_infer.model import GptOss, RMSNorm
 
 SHAPES = ("20b", "120b")
@@ -99,7 +99,9 @@ def open_model(
     if checkpoint is not None:
         opened = Checkpoint.open(resolve(checkpoint))
         form = experts or form_for(opened, device, dtype)
-        return load(opened, device=device, dtype=dtype, experts=form), time.perf_counter() - start
+        return load(
+            opened, device=device, dtype=dtype, experts=form, progress=show_progress()
+        ), time.perf_counter() - start
     assert shape is not None, "a checkpoint or a shape"
     model = random_model(shape_config(shape), pick_device(device), dtype)
     return model, time.perf_counter() - start

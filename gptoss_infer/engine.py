@@ -25,7 +25,7 @@ from gptoss_infer.checkpoint import Checkpoint, resolve
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.errors import UsageError
 from gptoss_infer.harmony import STOP_TOKENS
-from gptoss_infer.loading import load, pick_device
+from gptoss_infer.loading import load, pick_device, show_progress
 from gptoss_infer.model import GptOss
 from gptoss_infer.pages import Kind, PagedCache, Step
 from gptoss_infer.sampling import Draws, sample
@@ -167,7 +167,7 @@ class Engine:
         """
         opened = Checkpoint.open(resolve(checkpoint))
         form = form_for(opened, device, dtype) if experts == "auto" else experts
-        model = load(opened, device=device, dtype=dtype, experts=form)
+        model = load(opened, device=device, dtype=dtype, experts=form, progress=show_progress())
         if adapter is not None:
             from gptoss_infer.lora import load_adapter  # brings peft
 

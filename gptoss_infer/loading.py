@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -36,6 +38,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     experts: Literal["mxfp4", "bf16"] = "mxfp4",
     embedding: Literal["device", "host"] = "device",
+    progress: Callable[[float], object] = lambda _: None,
 ) -> GptOss:
     """Return the model of a checkpoint, in eval mode and without gradients.
 
@@ -45,6 +48,8 @@ def load(
         experts: `mxfp4` keeps the 4-bit bytes in memory and decodes the experts that are hit; `bf16` expands them to
             `dtype`.
         embedding: `host` keeps the input embedding in main memory.
+        progress: told which share of the tensors is there; `show_progress()` draws a bar.
+    On a CPU, tensors that keep their dtype stay mapped from the files: the system reads them when they are first used.
     Raises: DataError for a damaged checkpoint; UsageError for mxfp4 on a checkpoint whose experts are bf16.
     """
     if not isinstance(checkpoint, Checkpoint):
@@ -58,19 +63,34 @@ def load(
     with torch.device("meta"):
         model = GptOss(checkpoint.config, experts)
     norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, RMSNorm)}
-    for name in checkpoint.names():
-        if name.endswith(("_blocks", "_scales")) and experts == "bf16":
-            continue
+    expanded = experts == "bf16" and checkpoint.experts == "mxfp4"
+    names = [name for name in checkpoint.names() if not (expanded and name.endswith(("_blocks", "_scales")))]
+    steps = len(names) + (len(EXPERT_WEIGHTS) * checkpoint.config.num_hidden_layers if expanded else 0)
+    for number, name in enumerate(names, start=1):
         tensor = checkpoint.tensor(name)
         wanted = tensor.dtype if tensor.dtype == torch.uint8 else torch.float32 if name in norms else dtype
         place = torch.device("cpu") if name == EMBEDDING and embedding == "host" else target
         _assign(model, name, tensor.to(place, wanted))
-    if experts == "bf16" and checkpoint.experts == "mxfp4":
-        for layer in range(checkpoint.config.num_hidden_layers):
-            for weight in EXPERT_WEIGHTS:
-                dense = expand_experts(checkpoint, layer, weight, dtype, target)
-                _assign(model, f"model.layers.{layer}.mlp.experts.{weight}", dense)
+        progress(number / steps)
+    if expanded:
+        pairs = [(layer, weight) for layer in range(checkpoint.config.num_hidden_layers) for weight in EXPERT_WEIGHTS]
+        for number, (layer, weight) in enumerate(pairs, start=len(names) + 1):
+            dense = expand_experts(checkpoint, layer, weight, dtype, target)
+            _assign(model, f"model.layers.{layer}.mlp.experts.{weight}", dense)
+            progress(number / steps)
     return model.eval().requires_grad_(False)
+
+
+def show_progress() -> Callable[[float], None]:
+    """Return what draws a bar on stderr for `load`; on a terminal only, and only from its second second on."""
+    started = time.monotonic()
+
+    def draw(share: float) -> None:
+        if sys.stderr.isatty() and time.monotonic() - started > 1:
+            bar = "#" * round(40 * share)
+            print(f"\r  [{bar:<40}] {share:4.0%}", end="\n" if share == 1 else "", file=sys.stderr, flush=True)
+
+    return draw
 
 
 def expand_experts(

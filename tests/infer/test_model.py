@@ -116,3 +116,26 @@ def test_expanding_experts_transposes_the_square_down_projection(tmp_path: Path)
     name = "model.layers.0.mlp.experts.down_proj"
     expected = slow_decode(checkpoint.tensor(f"{name}_blocks"), checkpoint.tensor(f"{name}_scales"))
     assert torch.equal(expand_experts(checkpoint, 0, "down_proj", torch.float32), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
+def test_loading_tells_how_far_it_is_and_ends_at_one(tiny_checkpoint: Path, experts: str) -> None:
+    shares: list[float] = []
+    gi.load(tiny_checkpoint, device="cpu", experts=experts, progress=shares.append)
+    assert shares == sorted(set(shares))
+    assert shares[-1] == 1
+    assert len(shares) > 20
+
+
+def test_mapped_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    config = tiny_config(num_local_experts=64, hidden_size=256, intermediate_size=512)
+    directory = write_tiny(tmp_path / "base", config)
+    before = resident()
+    model = gi.load(directory, device="cpu", dtype=torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert held > 40e6
+    assert resident() - before < held / 4

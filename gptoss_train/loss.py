@@ -61,6 +61,14 @@ class Unembedding:
             _representatives(weight, row_of_token, len(counts)), counts.to(_sum_dtype(weight)).log(), row_of_token
         )
 
+    def row_of(self, tokens: Tensor) -> Tensor:
+        """Return which of `rows` each token has, int64 (n,)."""
+        return tokens if self.row_of_token is None else self.row_of_token.index_select(0, tokens)
+
+    def of_one(self, log_p: Tensor, rows: Tensor) -> Tensor:
+        """Return log p of a single token, from that of all the tokens which have its row."""
+        return log_p if self.log_counts is None else log_p - self.log_counts[rows]
+
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return -log p(target), (n,) in fp32 (fp64 for fp64 input), differentiable once in `hidden`; n may be 0.
 
@@ -68,7 +76,7 @@ class Unembedding:
             hidden: (n, C) final hidden states, normalised, in the dtype of `rows`.
             targets: int64 (n,) token ids in [0, V): there is no id that means "ignore".
         """
-        rows = targets if self.row_of_token is None else self.row_of_token.index_select(0, targets)
+        rows = self.row_of(targets)
         # Under no_grad, too, a Function is told that hidden requires a gradient.
         return _FrozenCrossEntropy.apply(hidden if torch.is_grad_enabled() else hidden.detach(), self, rows)
 

@@ -25,7 +25,7 @@ from gptoss_train.data import CHANNELS, PackedBatch, Sample, pack
 from gptoss_train.loss import Unembedding
 from gptoss_train.packing import plan_epoch
 
-DIVERGENCE_ROWS = 64  # tokens whose full distributions exist at a time: 51 MB each in fp32, for all 201,088 tokens
+TILE_ROWS = 64  # tokens whose full distributions exist at a time: 51 MB each in fp32, for all 201,088 tokens
 
 
 Measured = dict[str, dict[str, dict[str, float]]]  # set of samples -> base, merge, export, compared -> name -> value
@@ -65,6 +65,12 @@ class Losses:
         return 1 - float(wrong[self.samples.unique()].double().mean())
 
 
+class _Measurement(NamedTuple):
+    losses: Losses
+    hidden: list[Tensor]  # final hidden states at labelled positions, (n, C) a pack, on the CPU
+    divergence: float  # from the merge, in nats per labelled token; 0 if it was not asked for
+
+
 @dataclass(frozen=True)
 class Reference:
     """What is kept of base and merge to compare exports with, per set of samples."""
@@ -84,17 +90,16 @@ class Reference:
         model = _load(checkpoint, runtime)
         load_adapter(model, adapter)
         with disabled(model):
-            base = {name: _losses(model, some)[0] for name, some in packs.items()}
+            base = {name: _losses(model, some).losses for name, some in packs.items()}
         found = {name: _losses(model, some) for name, some in packs.items()}
-        merge = {name: losses for name, (losses, _) in found.items()}
-        return cls(runtime, packs, base, merge, {name: hidden for name, (_, hidden) in found.items()})
+        merge = {name: one.losses for name, one in found.items()}
+        return cls(runtime, packs, base, merge, {name: one.hidden for name, one in found.items()})
 
     def measure(self, model: GptOss) -> Measured:
         """Return losses of base, merge and this export, and its divergence, per set of samples."""
         found: Measured = {}
         for name, packs in self.packs.items():
-            losses, hidden = _losses(model, packs)
-            divergence = _divergence(self.hidden[name], hidden, Unembedding.of(model.lm_head.weight))
+            losses, _, divergence = _losses(model, packs, self.hidden[name])
             base, merge, export = (x.means() for x in (self.base[name], self.merge[name], losses))
             gain = base["loss"] - merge["loss"]
             found[name] = {
@@ -128,46 +133,36 @@ def _packs(samples: list[Sample], pack_tokens: int) -> list[PackedBatch]:
 
 
 @torch.no_grad()
-def _losses(model: GptOss, packs: list[PackedBatch]) -> tuple[Losses, list[Tensor]]:
-    """Return the losses of all labelled tokens, and the final hidden states they come from."""
+def _losses(model: GptOss, packs: list[PackedBatch], merge: list[Tensor] | None = None) -> _Measurement:
+    """Measure all labelled tokens; with the merge's hidden states, also the divergence from it."""
     model.eval()
     unembedding = Unembedding.of(model.lm_head.weight)
     losses, channels, likeliest, numbers, kept = [], [], [], [], []
-    count = 0
-    for batch in packs:
+    count, divergence = 0, 0.0
+    for index, batch in enumerate(packs):
         labelled = batch.channels > 0
         hidden = model.hidden(batch.input_ids[None].to(model.device), batch.positions[None])[0]  # (N, C)
         hidden = hidden[labelled.to(model.device)]  # (n, C)
-        targets = batch.targets[labelled].to(model.device)
-        losses.append(unembedding.losses(hidden, targets).cpu())
-        likeliest.append(_likeliest(hidden, unembedding, targets).cpu())
+        rows = unembedding.row_of(batch.targets[labelled].to(model.device)).unsqueeze(1)  # (n, 1)
+        for start in range(0, len(hidden), TILE_ROWS):
+            part = slice(start, start + TILE_ROWS)
+            log_p, top = _distribution(hidden[part], unembedding)
+            losses.append(unembedding.of_one(log_p.gather(1, rows[part]), rows[part]).neg().flatten().cpu())
+            likeliest.append((top == rows[part, 0]).cpu())
+            if merge is not None:
+                theirs, _ = _distribution(merge[index][part].to(hidden.device), unembedding)
+                divergence += float(theirs.exp().mul_(theirs - log_p).sum(dtype=torch.float64))
         number = (batch.positions == 0).cumsum(0) + count
         count = int(number[-1])
         numbers.append(number[labelled])
         channels.append(batch.channels[labelled])
         kept.append(hidden.cpu())
-    return Losses(torch.cat(losses), torch.cat(channels), torch.cat(likeliest), torch.cat(numbers)), kept
+    found = Losses(torch.cat(losses), torch.cat(channels), torch.cat(likeliest), torch.cat(numbers))
+    return _Measurement(found, kept, divergence / max(1, len(found.losses)))
 
 
-def _likeliest(hidden: Tensor, unembedding: Unembedding, targets: Tensor) -> Tensor:
-    """Return bool (n,): whether the target's logit is the largest."""
-    rows = targets if unembedding.row_of_token is None else unembedding.row_of_token[targets]
-    tops = [(some @ unembedding.rows.T).argmax(-1) for some in hidden.split(DIVERGENCE_ROWS)]
-    return torch.cat(tops) == rows
-
-
-def _divergence(reference: list[Tensor], hidden: list[Tensor], unembedding: Unembedding) -> float:
-    """Return the mean KL divergence in nats from the distributions of one list of hidden states to the other's."""
-    total, count = 0.0, 0
-    for ours, theirs in zip(reference, hidden, strict=True):
-        for some, others in zip(ours.split(DIVERGENCE_ROWS), theirs.split(DIVERGENCE_ROWS), strict=True):
-            p, q = _log_probabilities(some, unembedding), _log_probabilities(others, unembedding)
-            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        count += len(ours)
-    return total / max(count, 1)
-
-
-def _log_probabilities(hidden: Tensor, unembedding: Unembedding) -> Tensor:
-    """Return fp32 (n, U) of all distinct tokens; those that share a row, and so a probability, as one."""
-    logits = (hidden.to(unembedding.rows.device) @ unembedding.rows.T).float()
-    return (logits if unembedding.log_counts is None else logits + unembedding.log_counts).log_softmax(-1)
+def _distribution(hidden: Tensor, unembedding: Unembedding) -> tuple[Tensor, Tensor]:
+    """Return log p (n, U) of all distinct rows, equal tokens taken together, and the row with the largest logit."""
+    logits = (hidden @ unembedding.rows.T).float()
+    top = logits.argmax(-1)
+    return (logits if unembedding.log_counts is None else logits.add_(unembedding.log_counts)).log_softmax(-1), top

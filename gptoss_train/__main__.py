@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,12 @@ def _add_rounding_options(export: argparse.ArgumentParser) -> None:
 
 
 def _add_study_options(study: argparse.ArgumentParser) -> None:
-    study.add_argument("out", metavar="OUT", type=Path, help="directory of the cells; the same command continues it")
+    study.add_argument(
+        "out", metavar="OUT", type=Path, nargs="?", help="directory of the cells; the same command continues it"
+    )
+    study.add_argument("--speed", action="store_true", help="time rounding and decoding against peers instead; no OUT")
+    study.add_argument("--threads", type=int, help="with --speed: threads (default: one per core)")
+    study.add_argument("--rounds", type=int, help="with --speed: rounds whose median is taken (default: 9)")
     study.add_argument("--checkpoint", default="builtin:addition", metavar="CKPT", help="default: builtin:addition")
     study.add_argument(
         "--task", action="append", default=[], metavar="NAME=TRAIN,HELDOUT", help="JSONL files; may be repeated"
@@ -169,6 +175,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
+    if arguments.speed:
+        return _study_speed(arguments)
+    if arguments.out is None or arguments.threads is not None or arguments.rounds is not None:
+        raise UsageError("a study needs OUT, a directory; --threads and --rounds belong to --speed, which takes no OUT")
     from gptoss_train.study import Grid, builtin_tasks, lines, study
 
     tasks, unrelated = builtin_tasks() if not arguments.task else ({}, arguments.unrelated)
@@ -188,6 +198,20 @@ def _study(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     summary = study(grid, arguments.out)
     print(json.dumps(summary) if arguments.json else "\n".join(lines(summary)))
+    return 0
+
+
+def _study_speed(arguments: argparse.Namespace) -> int:
+    threads = (os.cpu_count() or 1) if arguments.threads is None else arguments.threads
+    rounds = 9 if arguments.rounds is None else arguments.rounds
+    if arguments.out is not None or threads < 1 or rounds < 1:
+        raise UsageError(
+            f"--speed takes no OUT ({arguments.out}), and at least 1 of --threads ({threads}) and --rounds ({rounds})"
+        )
+    from gptoss_train.rounding_speed import lines, rounding_speed
+
+    result = rounding_speed(threads=threads, rounds=rounds)
+    print(json.dumps(result) if arguments.json else "\n".join(lines(result)))
     return 0
 
 

@@ -7,13 +7,12 @@ Methods:
 
 - the rules of `gptoss_infer.rounding`, without and with biases that take back the mean error (`+bias`);
 - `trained`: more steps with the experts rounded as they will be written, compared with a control: as many plain ones;
-- what peers do, if torchao is installed: new scales from the merged weights by its FLOOR and CEIL rules.
+- what peers do, with their own code, if it is installed (`gptoss_train.peers`): new scales from the merged weights.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import statistics
@@ -35,7 +34,7 @@ from gptoss_infer.checkpoint.changes import Pair
 from gptoss_infer.errors import UsageError
 from gptoss_infer.lora import LoraExpertLinear, factors_of
 from gptoss_infer.rounding import Rounding
-from gptoss_train import builtin
+from gptoss_train import builtin, peers
 from gptoss_train.calibration import Calibration, collect
 from gptoss_train.data import Dataset, load_dataset, some_of
 from gptoss_train.measure import Measured, Reference, Runtime
@@ -45,7 +44,6 @@ from gptoss_train.train import Trainer, build_trainer
 
 CELLS, SUMMARY = "cells.jsonl", "summary.json"
 RULES: tuple[Rounding, ...] = ("nearest", "stochastic", "systematic")
-PEERS = {"torchao floor": "FLOOR", "torchao ceil": "CEIL"}
 MORE_RATE = 0.5  # of the learning rate, in the steps of `trained` and its control
 
 
@@ -117,8 +115,8 @@ def study(grid: Grid, out: Path) -> dict[str, Any]:
         builtin.prepare(grid.recipe(1e-3, 0, 1))
     base = builtin.checkpoint(grid.checkpoint) or resolve(grid.checkpoint)
     todo = [cell for cell in grid.cells() if cell not in done]
-    if todo and not has_peers():
-        print("torchao is not installed: the peers' rules are left out", file=sys.stderr)
+    if todo:
+        peers.rules()  # which says what is missing before hours of work, not after
     for number, (task, rate, seed) in enumerate(todo, start=1):
         started = time.perf_counter()
         results = _cell(grid, Checkpoint.open(base), task, rate, seed)
@@ -129,11 +127,6 @@ def study(grid: Grid, out: Path) -> dict[str, Any]:
     summary = summarize(read_cells(out))
     (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def has_peers() -> bool:
-    """Whether the peers' own code is here."""
-    return importlib.util.find_spec("torchao") is not None
 
 
 def read_cells(out: Path) -> list[dict[str, Any]]:
@@ -179,10 +172,9 @@ def _cell(grid: Grid, checkpoint: Checkpoint, task: str, rate: float, seed: int)
         for draw in range(1 if rule == "nearest" else grid.draws):
             with _written(trainer, rule, draw, calibration if bias else None):
                 results.append({"method": method, "draw": draw, **_measured(reference, trainer)})
-    if has_peers():
-        for method in PEERS:
-            with _written(trainer, method, 0, None):
-                results.append({"method": method, "draw": 0, **_measured(reference, trainer)})
+    for method in peers.rules():
+        with _written(trainer, method, 0, None):
+            results.append({"method": method, "draw": 0, **_measured(reference, trainer)})
     if grid.more_steps:
         results += _more_steps(grid, trainer, trained, reference)
     return {"delta_to_base": _delta_to_base(trainer, trained), "results": results}
@@ -288,15 +280,10 @@ class _written:
 
 def _write(method: str, seed: int, pair: Pair, delta: Tensor, target: Target, expert: int) -> Pair:
     """Return the blocks and scales of base + delta for one expert."""
-    if method not in PEERS:
-        return by_rule(method, seed)(pair, delta, target, expert)  # type: ignore[arg-type]
-    from torchao.prototype.mx_formats.config import ScaleCalculationMode
-    from torchao.prototype.mx_formats.mx_tensor import MXTensor
-
-    merged = (mxfp4.decode(*pair, torch.float32) + delta).bfloat16()
-    mode = ScaleCalculationMode[PEERS[method]]
-    theirs = MXTensor.to_mx(merged, torch.float4_e2m1fn_x2, mxfp4.BLOCK, scaling_mode=mode)
-    return mxfp4.encode(theirs.dequantize(torch.float32))  # lossless on values of the grid
+    theirs = peers.rules().get(method)
+    if theirs is not None:
+        return peers.write(theirs, (mxfp4.decode(*pair, torch.float32) + delta).bfloat16())
+    return by_rule(method, seed)(pair, delta, target, expert)  # type: ignore[arg-type]
 
 
 def _delta_to_base(trainer: Trainer, factors: dict[Target, Factors]) -> float:

@@ -16,6 +16,8 @@ import pytest
 from conftest import random_tensors, tiny_config, write_tiny
 from safetensors.torch import save_file
 
+from gptoss_train import peers
+
 ROOT = Path(__file__).resolve().parents[2]
 DISTINCT_ROWS = 64
 
@@ -70,6 +72,24 @@ def recipe(tmp_path: Path, tiny_base: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Make packages impossible to import, installed or not, and forget which peers were found."""
+
+    def forget() -> None:
+        peers.rules.cache_clear()
+        peers.transformers_decode.cache_clear()
+
+    def hide(*packages: str) -> None:
+        forget()
+        loaded = {name for name in sys.modules if name.split(".")[0] in packages}
+        for module in loaded | set(packages):
+            monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say so
+
+    yield hide
+    forget()
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from oracles import slow_decode
 
 from evals.exports import read_study
-from gptoss_infer import rounding
+from gptoss_infer import mxfp4, rounding
 from gptoss_infer.adapter import write_adapter
 from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.errors import UsageError
 from gptoss_infer.rounding import Rounding
+from gptoss_train import peers
 from gptoss_train import study as module
 from gptoss_train.calibration import collect
 from gptoss_train.data import load_dataset
@@ -60,6 +63,27 @@ def test_what_is_measured_in_memory_is_what_the_export_on_disk_gives(
     assert again["task"]["export"]["loss"] == pytest.approx(again["task"]["merge"]["loss"], rel=1e-6), "all restored"
 
 
+def test_the_model_computes_with_what_a_peer_makes_of_the_merged_weights(grid: Grid, data: Path) -> None:
+    for package in ("torchao", "modelopt"):
+        pytest.importorskip(
+            package, reason="oracle: needs the environment that gptoss_train/peers.py tells how to make"
+        )
+    dataset = load_dataset(data, Data(train="given"))
+    trainer = module._trainer(grid, Checkpoint.open(grid.checkpoint), dataset, grid.recipe(0.01, 0, 3))
+    module._do_steps(trainer)
+    adapter = module._adapter(trainer)
+    for name, rule in peers.rules().items():
+        bases = [layer.base_layer.scales for _, layer in module._experts(trainer)]
+        with module._written(trainer, name, 0, None):
+            for (target, layer), scales in zip(module._experts(trainer), bases, strict=True):
+                for expert in range(layer.base_layer.num_experts):
+                    base = mxfp4.decode(layer.base_layer.blocks[expert], scales[expert], torch.float32)
+                    merged = (base + adapter.delta(target, expert)).bfloat16()
+                    assert layer.rounded is not None
+                    written = slow_decode(layer.rounded[expert], layer.base_layer.scales[expert])
+                    assert torch.equal(written, rule.dequantize(rule.quantize(merged))), (name, target, expert)
+
+
 def test_a_study_measures_every_method_and_goes_on_where_it_stopped(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +91,7 @@ def test_a_study_measures_every_method_and_goes_on_where_it_stopped(
     first = study(grid, out)
     methods = {row["method"]: row for row in first["rows"]}
     assert {"merge", "nearest", "stochastic", "stochastic+bias", "systematic", "control", "trained"} <= methods.keys()
+    assert set(peers.rules()) <= methods.keys(), "each peer that is here"
     assert methods["merge"]["kept"]["mean"] == pytest.approx(1)
     (cell,) = read_cells(out)
     assert sum(result["method"] == "stochastic" for result in cell["results"]) == grid.draws
@@ -119,3 +144,8 @@ def test_kept_is_the_share_of_the_gain_and_trained_is_held_against_its_control()
 def test_the_command_says_what_a_task_must_look_like(finish: Callable[..., str], tmp_path: Path) -> None:
     assert "expected NAME=TRAIN.jsonl,HELDOUT.jsonl" in finish("study", tmp_path / "s", "--task", "x=one", code=2)
     assert "expected numbers such as" in finish("study", tmp_path / "s", "--rates", "fast", code=2)
+
+
+@pytest.mark.parametrize("argv", [(), ("out", "--threads", "2"), ("out", "--speed"), ("--speed", "--rounds", "0")])
+def test_the_command_needs_either_a_directory_or_to_time(argv: Sequence[str], finish: Callable[..., str]) -> None:
+    assert "--speed" in finish("study", *argv, code=2)

@@ -74,36 +74,27 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
     Raises: ValueError if shapes or dtypes disagree.
     """
     check_pair(blocks, scales)
-    table, scale_table = _decode_tables(dtype, blocks.device)
+    table = _decode_table(dtype, blocks.device)
     values = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
-    count = scales.numel()
-    size = CHUNK_BLOCKS if blocks.device.type == "cpu" else max(count, 1)
-    # One gather of an 8-byte word per byte (fp32: two elements) or per two bytes (bf16: four); fp64 needs two words.
-    rows, flat = blocks.reshape(count, BLOCK // 2), values.view(count, BLOCK)
-    if dtype.itemsize == 2:
-        rows = rows.view(torch.int16)
+    count, half = scales.numel(), BLOCK // 2
+    rows, numbers = blocks.reshape(count, half), scales.reshape(count, 1)
+    pairs = values.view(table.dtype).view(count, half, *table.shape[1:])
+    size = CHUNK_BLOCKS // 2 if blocks.device.type == "cpu" else max(count, 1)
+    scratch = torch.empty(min(size, count), half, dtype=torch.int32, device=blocks.device)
     for start in range(0, count, size):
         part = slice(start, start + size)
-        index = rows[part].reshape(-1).int()
-        if dtype.itemsize == 2:
-            index += 2**15
-        torch.index_select(table, 0, index, out=flat[part].view(table.dtype).view(len(index), *table.shape[1:]))
-        flat[part] *= scale_table.index_select(0, scales.reshape(-1)[part].int()).unsqueeze(-1)
+        index = scratch[: len(rows[part])].copy_(rows[part]).add_(numbers[part].int(), alpha=256)
+        torch.index_select(table, 0, index.view(-1), out=pairs[part].flatten(0, 1))
     return values.flatten(-2)
 
 
 @functools.cache
-def _decode_tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what a byte, or two, decode to, as words of 8 bytes if `dtype` is 2 or 4 bytes wide, and scale values."""
-    pairs = pair_values(dtype, device)  # (256, 2)
-    scale_table = scale_values(dtype, device)
-    if dtype.itemsize == 4:
-        return pairs.view(torch.int64).view(-1), scale_table
-    if dtype.itemsize != 2:
-        return pairs, scale_table
-    number = torch.arange(-(2**15), 2**15, device=device)  # two bytes, little-endian, as a signed integer
-    four = torch.cat([pairs[number & 255], pairs[(number >> 8) & 255]], dim=1)  # (65536, 4)
-    return four.contiguous().view(torch.int64).view(-1), scale_table
+def _decode_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the two values of byte b under scale byte s at 256 s + b, as one word if there is an integer as wide."""
+    products = scale_values(torch.float64)[:, None, None] * pair_values(torch.float64)  # (256, 256, 2)
+    values = products.to(dtype).to(device).view(-1, 2)
+    word = {2: torch.int32, 4: torch.int64}.get(dtype.itemsize)
+    return values if word is None else values.view(word).view(-1)
 
 
 def encode(weights: Tensor, like: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """How fast MXFP4 is rounded and decoded, and in how much memory, against peers: `gptoss-train study --speed`.
 
 One expert of each shape, on a CPU. All calls take turns in one process, so that what else the machine does hits them
-alike. A figure is the median of the rounds, a ratio a peer's median over ours. What is timed:
+alike. A figure is the median of the rounds, a ratio a peer's median over ours: by the clock, and in parentheses by the
+CPU time of all threads, which on one thread is what an idle machine's clock would show. What is timed:
 
 - **rounding**: `mxfp4.encode` without and with `like`, and `rounding.merge` by every rule, which decodes the base and
   adds the delta as well; against what torchao (by its default rule) and ModelOpt need to quantize weights that are
@@ -64,6 +65,7 @@ class Timed(NamedTuple):
     """Medians over the rounds of one call."""
 
     ms: float
+    cpu_ms: float  # of all threads, the kernel's work for them included
     faults: float  # pages that the kernel had to supply
 
 
@@ -173,6 +175,7 @@ def _rows(
         {
             "shape": list(shape), "call": call.name, "memory": memory, **timed[call.name]._asdict(),
             "times_faster": {name: timed[name].ms / timed[call.name].ms for name in call.peers},
+            "times_less_cpu": {name: timed[name].cpu_ms / timed[call.name].cpu_ms for name in call.peers},
             "result_mib": call.result_bytes / 2**20, "peak_mib": peak.get(call.name),
         }
         for call in calls
@@ -186,10 +189,9 @@ def _take_turns(calls: Sequence[Call], rounds: int, *, fresh: bool) -> dict[str,
         for call in calls:
             if fresh:
                 _trim()
-            faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+            before = _now()
             result = call.run()
-            ms = (time.perf_counter() - started) * 1e3
-            seen[call.name].append(Timed(ms, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+            seen[call.name].append(Timed(*(after - start for after, start in zip(_now(), before, strict=True))))
             if fresh:
                 kept.append(result)
             del result
@@ -197,6 +199,11 @@ def _take_turns(calls: Sequence[Call], rounds: int, *, fresh: bool) -> dict[str,
         name: Timed(*(statistics.median(values) for values in zip(*turns[1:], strict=True)))
         for name, turns in seen.items()
     }
+
+
+def _now() -> Timed:
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return Timed(time.perf_counter() * 1e3, time.process_time() * 1e3, faults)
 
 
 def _can_measure_memory() -> bool:
@@ -331,10 +338,16 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     against = list(dict.fromkeys(name.split()[0] for row in rows for name in row["times_faster"]))
-    ratios = "".join(f"{f'x {name}':>15}" for name in against)
-    yield f"{'':24} {'ms':>9}{ratios} {'faults':>9} {'peak, MiB':>10} {'result, MiB':>11}"
+    ratios = "".join(f"{f'x {name} (CPU)':>24}" for name in against)
+    yield f"{'':24} {'ms':>9} {'CPU ms':>9}{ratios} {'faults':>9} {'peak, MiB':>10} {'result, MiB':>11}"
     for row in rows:
-        faster = {name.split()[0]: times for name, times in row["times_faster"].items()}
-        ratios = "".join(f"{faster[name]:15.1f}" if name in faster else f"{'':15}" for name in against)
+        faster = {
+            name.split()[0]: f"{times:.1f} ({row['times_less_cpu'][name]:.1f})"
+            for name, times in row["times_faster"].items()
+        }
+        ratios = "".join(f"{faster.get(name, ''):>24}" for name in against)
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        yield (f"{row['call']:24} {row['ms']:9.2f}{ratios} {row['faults']:9.0f} {peak:>10} {row['result_mib']:11.1f}")
+        yield (
+            f"{row['call']:24} {row['ms']:9.2f} {row['cpu_ms']:9.2f}{ratios} {row['faults']:9.0f} {peak:>10} "
+            f"{row['result_mib']:11.1f}"
+        )

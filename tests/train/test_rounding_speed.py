@@ -62,16 +62,24 @@ def test_whole_models_are_so_many_times_their_experts(without: Callable[..., Non
         assert row["bf16_gb"] == pytest.approx(experts * 64 * 512 * 2 / 1e9)
 
 
-def test_a_ratio_is_the_peers_median_over_ours() -> None:
-    def sleeping(ms: float) -> Callable[[], None]:
-        return lambda: time.sleep(ms / 1e3)
+def test_a_ratio_is_the_peers_median_over_ours_by_the_clock_and_by_cpu_time() -> None:
+    def work(asleep_ms: float, busy_ms: float) -> Callable[[], None]:
+        def run() -> None:
+            time.sleep(asleep_ms / 1e3)
+            end = time.process_time() + busy_ms / 1e3
+            while time.process_time() < end:
+                pass
 
-    calls = [Call("peer", sleeping(40), 0), Call("ours", sleeping(10), 0, ("peer",))]
+        return run
+
+    calls = [Call("peer", work(30, 10), 0), Call("ours", work(0, 20), 0, ("peer",))]
     peer, ours = module._rows((1, 32), "recycled", calls, 3, {})
-    assert peer["times_faster"] == {}
+    assert peer["times_faster"] == peer["times_less_cpu"] == {}
     assert ours["times_faster"] == {"peer": pytest.approx(peer["ms"] / ours["ms"])}
-    assert 40 <= peer["ms"] < 120, "one call, not the sum of three"
-    assert 10 <= ours["ms"] < 40
+    assert ours["times_less_cpu"] == {"peer": pytest.approx(peer["cpu_ms"] / ours["cpu_ms"])}
+    assert peer["ms"] >= 40
+    assert 20 <= ours["cpu_ms"] < 40, "one call, not the sum of three"
+    assert 10 <= peer["cpu_ms"] < 20, "sleep is not work"
 
 
 def test_the_peak_of_a_call_is_its_result_and_what_it_frees_again() -> None:

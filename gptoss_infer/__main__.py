@@ -3,6 +3,7 @@
     gptoss-infer generate openai/gpt-oss-20b "Why is the sky blue?" --effort low
     gptoss-infer inspect runs/mine/model --against openai/gpt-oss-20b
     gptoss-infer convert gpt-oss-20b gpt-oss-20b-original --to original
+    gptoss-infer convert runs/mine/model mine.gguf --to gguf
     gptoss-infer bench --shape 20b --batch 1,8,32
     gptoss-infer doctor
 
@@ -114,15 +115,18 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert = _add(
         commands,
         "convert",
-        "write a checkpoint in another layout; nothing is rounded, except bf16 experts with --to mxfp4",
+        "write a checkpoint in another layout or as GGUF; nothing is rounded, except bf16 experts with --to mxfp4",
         "gptoss-infer convert peers-fine-tune-bf16 fine-tune-mxfp4 --to mxfp4 --like openai/gpt-oss-20b",
     )
     convert.add_argument("source", metavar="SRC", help="checkpoint directory, or hub id[@revision]")
-    convert.add_argument("target", metavar="DST", type=Path, help="new directory; complete or absent afterwards")
     convert.add_argument(
-        "--to", required=True, choices=("hf", "original", "bf16", "mxfp4"),
+        "target", metavar="DST", type=Path, help="new directory, or FILE.gguf; complete or absent afterwards"
+    )
+    convert.add_argument(
+        "--to", required=True, choices=("hf", "original", "bf16", "mxfp4", "gguf", "gguf-f32"),
         help="hf: Hugging Face's MXFP4 layout; original: OpenAI's; bf16: Hugging Face's with experts expanded; "
-        "mxfp4: bf16 experts rounded, in Hugging Face's MXFP4 layout",
+        "mxfp4: bf16 experts rounded, in Hugging Face's MXFP4 layout; gguf: one file for llama.cpp, Ollama and LM "
+        "Studio, with the same MXFP4 weights; gguf-f32: the same with every weight in F32, to compare results exactly",
     )  # fmt: skip
     convert.add_argument(
         "--like", metavar="BASE",
@@ -136,7 +140,7 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert.add_argument("--seed", type=int, metavar="N", help="with --like: of the rounding (0)")
     convert.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     convert.add_argument(
-        "--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="size of a weight file (5000000000)"
+        "--max-shard-bytes", type=int, metavar="N", help="size of a weight file (5000000000); GGUF is one file"
     )
 
 
@@ -284,19 +288,31 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     from gptoss_infer.checkpoint import resolve
     from gptoss_infer.checkpoint.convert import convert
+    from gptoss_infer.checkpoint.gguf import write_gguf
 
-    options = {"overwrite": arguments.overwrite, "max_shard_bytes": arguments.max_shard_bytes}
+    options: dict[str, Any] = {"overwrite": arguments.overwrite}
+    if arguments.max_shard_bytes is not None:
+        options["max_shard_bytes"] = arguments.max_shard_bytes
     if arguments.to == "mxfp4":
         _quantize(arguments, options)
+    elif arguments.to in ("gguf", "gguf-f32"):
+        write_gguf(resolve(arguments.source), arguments.target, arguments.to, notify=_tell, **options)
     else:
         convert(resolve(arguments.source), arguments.target, arguments.to, **options)
     print(arguments.target)
     return 0
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _check_convert(arguments: argparse.Namespace) -> None:
-    if arguments.max_shard_bytes < 1:
-        raise UsageError(f"--max-shard-bytes is {arguments.max_shard_bytes}, expected at least 1")
+    if arguments.max_shard_bytes is not None:
+        if arguments.max_shard_bytes < 1:
+            raise UsageError(f"--max-shard-bytes is {arguments.max_shard_bytes}, expected at least 1")
+        if arguments.to.startswith("gguf"):
+            raise UsageError(f"--max-shard-bytes: not with --to {arguments.to}, which writes one file")
     if arguments.seed is not None and arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}, expected at least 0")
     given = [f"--{name}" for name in ("like", "rounding", "seed") if getattr(arguments, name) is not None]
@@ -329,7 +345,7 @@ def _quantize(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         like=base,
         rule=arguments.rounding or rounding.DEFAULT,
         seed=arguments.seed or 0,
-        notify=lambda line: print(line, file=sys.stderr),
+        notify=_tell,
         **options,
     )
     for line in summary_lines(result):

@@ -2,8 +2,9 @@
 inspection.
 
 `layouts` has the names and shapes, `reader` opens, `writer` writes, `atomic` makes directories complete or absent,
-`convert` renames between layouts, `quantize` rounds bf16 experts to MXFP4, `inspect` reports, `changes` counts what
-differs, `survival` how much of a change was written. Tensors are always addressed by Hugging Face's names.
+`convert` renames between layouts, `quantize` rounds bf16 experts to MXFP4, `gguf` writes one file for llama.cpp (the
+container is in `gguf_file`, the vocabulary in `gguf_tokenizer`), `inspect` reports, `changes` counts what differs,
+`survival` how much of a change was written. Tensors are always addressed by Hugging Face's names.
 """
 
 from gptoss_infer.checkpoint.atomic import atomic_directory, verify_manifest

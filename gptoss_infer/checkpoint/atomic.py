@@ -1,8 +1,8 @@
-"""Directories that are complete or absent: written aside, hashed, synced to disk, then renamed into place.
+"""Directories and files that are complete or absent: written aside, synced to disk, then renamed into place.
 
-A crash at any moment leaves the old state or the new one, plus at most a `.NAME.tmp-PID` folder that the next write to
-the same place removes. `MANIFEST.json` holds the sha256 of every file, so that a flipped bit is found before it is
-trained on (safetensors itself has no checksum).
+A crash at any moment leaves the old state or the new one, plus at most a `.NAME.tmp-PID` that the next write to the
+same place removes. A directory's `MANIFEST.json` holds the sha256 of every file in it, so that a flipped bit is found
+before it is trained on (safetensors itself has no checksum).
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
     Raises: UsageError if `target` exists and `overwrite` is False (nothing is ever replaced unasked).
     """
-    target = Path(os.path.abspath(target))
-    _remove_leftovers(target)  # first: it may bring back an old target
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists; choose another output or pass --overwrite")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    target, partial = _prepare(target, overwrite=overwrite)
     partial.mkdir()
     try:
         yield partial
@@ -41,6 +36,34 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the path of a temporary sibling of `target`, to be written as a file; then as `atomic_directory`.
+
+    Raises: UsageError if `target` is a directory, or exists and `overwrite` is False.
+    """
+    target, partial = _prepare(target, overwrite=overwrite)
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory, but one file is to be written; choose another output")
+    try:
+        yield partial
+        _sync_file(partial)
+        os.replace(partial, target)
+        sync_directory(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _prepare(target: Path, *, overwrite: bool) -> tuple[Path, Path]:
+    """Return `target`, absolute, and the sibling to write first; UsageError if it exists and may not be replaced."""
+    target = Path(os.path.abspath(target))
+    _remove_leftovers(target)  # first: it may bring back an old target
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; choose another output or pass --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target, target.parent / f".{target.name}.tmp-{os.getpid()}"
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -66,7 +89,10 @@ def _remove_leftovers(target: Path) -> None:
         if not target.exists():
             os.rename(old, target)
     for leftover in (*_leftovers(target, "tmp"), *_leftovers(target, "old")):
-        shutil.rmtree(leftover)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _leftovers(target: Path, kind: str) -> list[Path]:
@@ -124,10 +150,14 @@ def verify_manifest(directory: Path) -> bool:
 def _sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
+            _sync_file(path)
     for path in (*(p for p in directory.rglob("*") if p.is_dir()), directory):
         sync_directory(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def sync_directory(directory: Path) -> None:

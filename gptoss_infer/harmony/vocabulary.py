@@ -1,7 +1,8 @@
 """The harmony vocabulary: found offline, loaded once, and the ids of its control tokens.
 
-Here: `encode`, `decode`, `encoding` (openai-harmony's own object), `locate` (where the vocabulary would come from)
-and the token ids. Not here: what the tokens mean together (`render`, `parse`). Used by everything that touches text.
+Here: `encode`, `decode`, `encoding` (openai-harmony's own object), `locate` (where the vocabulary would come from),
+`byte_sequences` (what a tokenizer elsewhere is built from) and the token ids. Not here: what the tokens mean together
+(`render`, `parse`). Used by everything that touches text.
 
 The vocabulary is o200k_base (199,998 byte sequences) plus control tokens. openai-harmony reads it from the folder that
 TIKTOKEN_ENCODINGS_BASE names, or downloads it. Searched here, in this order: that variable; our cache; the PyPI package
@@ -10,6 +11,7 @@ bpe-openai, which carries the same file and is unpacked into our cache; a downlo
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import hashlib
@@ -122,6 +124,20 @@ def locate() -> Path | None:
         else:
             return folder
     return None
+
+
+def byte_sequences() -> list[bytes]:
+    """The bytes of every ordinary token in the order of ids, which is the order in which BPE merges them.
+
+    Raises: MachineError if the vocabulary is not on this machine; the message says what to do.
+    """
+    folder = locate()
+    if folder is None:
+        raise MachineError(f"{_FILE_NAME} is not on this machine; {_CURE}")
+    path = folder / _FILE_NAME
+    if not _is_intact(path):
+        raise MachineError(f"{path} is another vocabulary or damaged (sha256 differs); {_CURE}")
+    return [base64.b64decode(line.split()[0]) for line in path.read_bytes().splitlines()]
 
 
 @functools.cache

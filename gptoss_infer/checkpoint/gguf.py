@@ -8,8 +8,8 @@ A checkpoint with bf16 experts becomes `gguf-f32` only. As MXFP4 they would have
 `quantize` and needs its choices. llama.cpp also reads bf16 experts, but that is three times the bytes to keep and to
 read for every token; who wants another quantization of llama.cpp's can make it from the F32 file.
 
-What GGUF has no key for is refused (another clamp of SwiGLU), or only told where all GGUF files of gpt-oss share it (the
-ends of YaRN's ramp). Sources: llama.cpp's loader and graph for `gpt-oss`, ggml.h; names are those of its converter.
+What GGUF has no key for is refused (another clamp of SwiGLU), or only told where all GGUF files of gpt-oss share it
+(the ends of YaRN's ramp). Sources: llama.cpp's loader and graph for `gpt-oss`, ggml.h; names of its converter.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _notes(checkpoint: Checkpoint, metadata: dict[str, Value]) -> Iterator[str]:
     if config.rope.factor != 1 and not config.rope.truncate:
         yield (
             "note: llama.cpp rounds the ends of YaRN's ramp to whole dimensions, which this model does not: logits "
-            "differ a little, as in every GGUF file of gpt-oss"
+            "differ somewhat, more in long contexts, as with every GGUF file of gpt-oss"
         )
 
 

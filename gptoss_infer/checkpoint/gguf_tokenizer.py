@@ -41,7 +41,7 @@ def tokenizer_metadata(directory: Path, vocab_size: int) -> dict[str, Value]:
     spelled = [_spell(sequence) for sequence in sequences]
     tokens = spelled + [f"[PAD{token}]" for token in range(len(spelled), vocab_size)]
     types = [NORMAL] * len(spelled) + [UNUSED] * (vocab_size - len(spelled))
-    for token, (name, kind) in _named_tokens(directory, vocab_size).items():
+    for token, (name, kind) in named_tokens(directory, vocab_size).items():
         tokens[token], types[token] = name, kind
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -85,7 +85,7 @@ def merges(sequences: Sequence[bytes]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _named_tokens(directory: Path, vocab_size: int) -> dict[int, tuple[str, int]]:
+def named_tokens(directory: Path, vocab_size: int) -> dict[int, tuple[str, int]]:
     """Return spelling and type of the tokens that are no text: harmony's, and those that a fine-tune added or named."""
     named = {token: (vocabulary.decode([token]), CONTROL) for token in range(START_OF_TEXT, END_OF_PROMPT)}
     named[END_OF_PROMPT] = ("<|endofprompt|>", CONTROL)

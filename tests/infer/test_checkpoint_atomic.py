@@ -1,4 +1,4 @@
-"""Directories are complete or absent, whatever happens while they are written."""
+"""Directories and files are complete or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from conftest import tiny_config, write_tiny
 
 from gptoss_infer.checkpoint import atomic_directory, verify_manifest
+from gptoss_infer.checkpoint.atomic import atomic_file
 from gptoss_infer.errors import DataError, UsageError
 
 SMALL = tiny_config(num_hidden_layers=1, vocab_size=64)
@@ -163,22 +164,66 @@ def test_names_with_wildcards_and_files_of_others_are_left_alone(tmp_path: Path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def run_convert(source: Path, target: Path, prefix: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [*prefix, sys.executable, "-m", "gptoss_infer", "convert", str(source), str(target), "--to", "bf16"]
+def test_a_file_appears_when_it_is_whole_and_an_exception_keeps_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with atomic_file(target) as path:
+        path.write_text("old")
+        assert not target.exists()
+    with pytest.raises(UsageError, match="out exists; choose another output or pass --overwrite"), atomic_file(target):
+        pass
+
+    def fail_halfway() -> None:
+        with atomic_file(target, overwrite=True) as path:
+            path.write_text("half")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fail_halfway()
+    assert target.read_text() == "old"
+    with atomic_file(target, overwrite=True) as path:
+        path.write_text("new")
+    assert target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_file_that_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (f".out.tmp-{dead_pid()}", f".out.tmp-{os.getppid()}"):
+        (tmp_path / name).write_text("half")
+    with atomic_file(tmp_path / "out") as path:
+        path.write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.tmp-{os.getppid()}", "out"]
+
+
+def test_a_directory_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with (
+        pytest.raises(UsageError, match="is a directory, but one file is to be written"),
+        atomic_file(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "out" / "sub" / "file").read_text() == "old"
+
+
+def run_convert(source: Path, target: Path, to: str, prefix: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, sys.executable, "-m", "gptoss_infer", "convert", str(source), str(target), "--to", to]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_file_that_grows_too_large_exits_3_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "name"), [("bf16", "out"), ("gguf", "out.gguf")])
+def test_a_file_that_grows_too_large_exits_3_and_leaves_nothing_half_written(
+    tmp_path: Path, to: str, name: str
+) -> None:
     source = write_tiny(tmp_path / "base", SMALL)
     limited = ["sh", "-c", 'ulimit -f 64; exec "$@"', "sh"]  # 32 or 64 KiB a file, less than the weights
-    done = run_convert(source, tmp_path / "out", limited)
+    done = run_convert(source, tmp_path / name, to, limited)
     assert done.returncode == 3, done.stderr
     assert "no space left" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_full_disk_exits_3_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "name"), [("bf16", "out"), ("gguf", "out.gguf")])
+def test_a_full_disk_exits_3_and_leaves_nothing_half_written(tmp_path: Path, to: str, name: str) -> None:
     source = write_tiny(tmp_path / "base", SMALL)
     (tmp_path / "disk").mkdir()
     # A file system of 64 KiB in a mount namespace of its own; what is left on it is listed at the end.
@@ -186,7 +231,7 @@ def test_a_full_disk_exits_3_and_leaves_nothing_half_written(tmp_path: Path) -> 
     mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path / "disk")]
     if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("mounting a small file system is not permitted here")
-    done = run_convert(source, tmp_path / "disk" / "out", mounted)
+    done = run_convert(source, tmp_path / "disk" / name, to, mounted)
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == "code 3\n"

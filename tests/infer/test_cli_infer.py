@@ -275,6 +275,27 @@ def test_convert_refuses_an_existing_target_and_replaces_it_when_asked(
     assert run("convert", small, tmp_path / "out", "--to", "bf16", "--overwrite", "--max-shard-bytes", 0) == 2
 
 
+def test_convert_to_gguf_prints_the_target_only_and_tells_the_rest_on_stderr(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for to in ("gguf", "gguf-f32"):
+        assert run("convert", small, tmp_path / f"{to}.gguf", "--to", to) == 0
+        out, err = capsys.readouterr()
+        assert out == f"{tmp_path / f'{to}.gguf'}\n"
+        assert "layer 1 of 1" in err
+        assert "note: vocab_size is 64" in err
+        assert (tmp_path / f"{to}.gguf").read_bytes()[:4] == b"GGUF"
+    assert run("convert", small, tmp_path / "gguf.gguf", "--to", "gguf") == 2
+    assert run("convert", small, tmp_path / "gguf.gguf", "--to", "gguf", "--overwrite") == 0
+    assert run("convert", small, tmp_path / "folder", "--to", "gguf") == 2
+    assert "name must end in .gguf" in capsys.readouterr().err
+    assert run("convert", small, tmp_path / "b.gguf", "--to", "gguf", "--max-shard-bytes", 9) == 2
+    assert "not with --to gguf, which writes one file" in capsys.readouterr().err
+    assert run("convert", small, tmp_path / "bf16", "--to", "bf16") == 0
+    assert run("convert", tmp_path / "bf16", tmp_path / "b.gguf", "--to", "gguf") == 2
+    assert "holds bf16 experts" in capsys.readouterr().err
+
+
 def test_convert_to_mxfp4_prints_the_target_only_and_tells_the_rest_on_stderr(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,18 +98,19 @@ CONFIGS = {
 def test_logits_of_an_f32_file_are_ours(tmp_path: Path, config: ModelConfig) -> None:
     ids = torch.randint(0, 512, (120,), generator=torch.Generator().manual_seed(1)).tolist()
     ours, theirs = both_logits(write_tiny(tmp_path / "base", config), "gguf-f32", ids)
-    # 3 layers of sums of up to 128 products, each off by at most 2**-24: below 1e-4 of the logits' spread.
-    assert float((ours - theirs).abs().max() / ours.std()) < 1e-4
+    # Sums of up to 128 products, each off by 2**-24 of its size or less, in one order or another: 8e-6 if all add up.
+    assert float((ours - theirs).abs().max() / ours.std()) < 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_of_an_mxfp4_file_are_ours_up_to_activations_of_8_bits(tmp_path: Path, config: ModelConfig) -> None:
     ids = torch.randint(0, 512, (120,), generator=torch.Generator().manual_seed(1)).tolist()
     ours, theirs = both_logits(write_tiny(tmp_path / "base", config), "gguf", ids)
-    # A normal block of 32 has its largest value at 2.1 deviations: rounded to 127 steps of that, it is off by 0.5% of a
-    # deviation. Two products per layer and bf16 elsewhere; the median, since the rounding may choose another expert.
+    # A normal block of 32 has its largest value at about 2.1 deviations. Rounded to 127 steps of that, a value is off
+    # by 0.5% of a deviation: 1.2% after the 6 products of 3 layers, and as much again for bf16 in all others. The
+    # median, since what is rounded may choose another expert.
     error = (ours - theirs).square().mean(-1).sqrt() / ours.std()
-    assert float(error.median()) < 0.02
+    assert float(error.median()) < 0.024
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,10 @@ def chat_template(directory: Path) -> str | None:
     """Return the checkpoint's Jinja template, from its own file or from tokenizer_config.json; None if it has none."""
     file = directory / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 text ({error}); fetch it again") from None
     config = directory / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.exists() else None
     return template if isinstance(template, str) else None

@@ -197,6 +197,9 @@ def test_the_chat_template_comes_from_either_file_of_the_checkpoint(small: Path)
     assert metadata_of(write(small))["tokenizer.chat_template"] == "{{ 'config' }}"
     (small / "chat_template.jinja").write_text("{{ 'ü' }}", encoding="utf-8")
     assert metadata_of(write(small))["tokenizer.chat_template"] == "{{ 'ü' }}"
+    (small / "chat_template.jinja").write_text("{{ 'ü' }}", encoding="latin-1")
+    with pytest.raises(DataError, match=r"chat_template\.jinja is not UTF-8 text"):
+        write(small)
 
 
 # The vocabulary

@@ -10,10 +10,10 @@ CPU time of all threads, which on one thread is what an idle machine's clock wou
 - **decoding** to bf16 and fp32, against transformers, which transposes as well: so does our `transposed`. A result that
   differs from transformers' ends the command.
 
-Decoding is timed twice. **Recycled**: a result is freed before the next call, and malloc may use its memory again (more
-than 32 MiB in one piece it never keeps). **Fresh**: results are kept, and malloc gives back all that is free before
-each call, ours or a peer's, so that the kernel has to supply every page: what loading a model is like. `pages` is this
-alone, zeros written to a tensor of the size, and so the bound of any decoder.
+Decoding is timed twice. **Recycled**: a result is freed before the next call, and malloc may use its memory again.
+**Fresh**: results are kept, and malloc gives back all that is free before each call, ours or a peer's, so that the
+kernel has to supply every page: what loading a model is like. `pages` is this alone, zeros written to a tensor of the
+size, and so the bound of any decoder.
 
 **Peak** is what one call adds to the resident memory of a process of its own that holds its inputs; the result counts.
 **Whole models** are computed from one expert's medians, not measured.

@@ -311,12 +311,13 @@ def summarize(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         size = statistics.mean(cell["delta_to_base"] for cell in group)
         gain = statistics.mean(_result(cell, "merge")[0]["task"]["compared"]["gain"] for cell in group)
         for method in methods:
-            kept = [_mean(_kept(cell, result) for result in _result(cell, method)) for cell in group]
-            paid = [_mean(_paid(cell, result) for result in _result(cell, method)) for cell in group]
-            exact = [_mean(result["task"]["export"]["exact"] for result in _result(cell, method)) for cell in group]
+            done = [cell for cell in group if _result(cell, method)]  # a peer may have been installed in between
+            kept = [_mean(_kept(cell, result) for result in _result(cell, method)) for cell in done]
+            paid = [_mean(_paid(cell, result) for result in _result(cell, method)) for cell in done]
+            exact = [_mean(result["task"]["export"]["exact"] for result in _result(cell, method)) for cell in done]
             rows.append(
                 {
-                    "rate": rate, "delta_to_base": size, "gain": gain, "method": method, "cells": len(group),
+                    "rate": rate, "delta_to_base": size, "gain": gain, "method": method, "cells": len(done),
                     "kept": _interval(kept), "unrelated_increase": _interval(paid), "exact": statistics.mean(exact),
                 }
             )  # fmt: skip

@@ -120,15 +120,25 @@ def test_a_recipe_rounds_as_the_study_found_best() -> None:
     assert Recipe.model_fields["export"].default.rounding == rounding.DEFAULT == Rule().rounding
 
 
-def test_kept_is_the_share_of_the_gain_and_trained_is_held_against_its_control() -> None:
-    def result(method: str, task: float, unrelated: float) -> dict[str, object]:
-        base, merge = {"loss": 3.0}, {"loss": 1.0}
-        return {
-            "method": method, "draw": 0,
-            "task": {"base": base, "merge": merge, "export": {"loss": task, "exact": 0.5}, "compared": {"gain": 2.0}},
-            "unrelated": {"base": base, "export": {"loss": unrelated, "exact": 0.5}},
-        }  # fmt: skip
+def result(method: str, task: float, unrelated: float) -> dict[str, object]:
+    """What a cell holds of a method: the base's loss is 3, the merge's 1."""
+    base, merge = {"loss": 3.0}, {"loss": 1.0}
+    return {
+        "method": method, "draw": 0,
+        "task": {"base": base, "merge": merge, "export": {"loss": task, "exact": 0.5}, "compared": {"gain": 2.0}},
+        "unrelated": {"base": base, "export": {"loss": unrelated, "exact": 0.5}},
+    }  # fmt: skip
 
+
+def test_a_method_that_some_cells_lack_is_averaged_over_the_others() -> None:
+    cell = {"task": "t", "rate": 1e-3, "seed": 0, "seconds": 1.0, "delta_to_base": 0.01}
+    without = cell | {"results": [result("merge", 1.0, 2.0)]}
+    rows = summarize([without, cell | {"results": [result("merge", 1.0, 2.0), result("modelopt", 2.0, 2.0)]}])["rows"]
+    assert {row["method"]: row["cells"] for row in rows} == {"merge": 2, "modelopt": 1}
+    assert {row["method"]: row["kept"]["mean"] for row in rows} == {"merge": 1.0, "modelopt": 0.5}
+
+
+def test_kept_is_the_share_of_the_gain_and_trained_is_held_against_its_control() -> None:
     results = [
         result("merge", 1.0, 2.0), result("stochastic", 1.1, 2.01), result("stochastic", 1.3, 2.03),
         result("control", 0.5, 2.2), result("trained", 1.0, 2.5),

@@ -307,6 +307,7 @@ def _models(shapes: Sequence[tuple[int, int]], rows: Sequence[dict[str, Any]]) -
                 {
                     "model": model, "experts": experts, "call": call, "memory": memory, "computed": True,
                     "minutes": experts * sum(row["ms"] for row in of_call) / 60e3,
+                    "cpu_minutes": experts * sum(row["cpu_ms"] for row in of_call) / 60e3,
                     "mxfp4_gb": experts * weights * MXFP4_BYTES / 1e9, "bf16_gb": experts * weights * 2 / 1e9,
                     "peak_gb": max(peak) * 2**20 / 1e9 if peak else None,
                 }
@@ -332,11 +333,12 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     for model, row in first.items():
         sizes = f"{row['mxfp4_gb']:.1f} GB in MXFP4, {row['bf16_gb']:.1f} GB in bf16"
         yield f"{model}: {row['experts']} experts, {sizes}"
-    heads = "".join(f"{f'{model}, min':>12}" for model in first)
+    heads = "".join(f"{f'{model}, minutes (CPU)':>24}" for model in first)
     yield f"{'':24} {'memory':>9}{heads} {'peak, GB':>10}"
     for call, memory in dict.fromkeys((row["call"], row["memory"]) for row in result["models"]):
         of_call = [row for row in result["models"] if (row["call"], row["memory"]) == (call, memory)]
-        minutes = "".join(f"{row['minutes']:12.2f}" for row in of_call)
+        texts = (f"{row['minutes']:.2f} ({row['cpu_minutes']:.2f})" for row in of_call)
+        minutes = "".join(f"{text:>24}" for text in texts)
         peak = "" if of_call[0]["peak_gb"] is None else f"{of_call[0]['peak_gb']:10.3f}"
         yield f"{call:24} {memory:>9}{minutes} {peak}".rstrip()
 

@@ -210,9 +210,10 @@ def test_top_tokens_on_real_text_are_ours(tmp_path: Path, to: GgufTarget, least:
 @pytest.mark.timeout(3600)
 def test_a_greedy_answer_of_an_f32_file_is_the_engines_and_ends_where_it_does(tmp_path: Path) -> None:
     assert CHECKPOINT
-    chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "reasoning_effort": "low"}
-    prompt = harmony.render(harmony.conversation_from_chat(chat, date=None), completion=True).token_ids
-    prompt += [harmony.CHANNEL, *harmony.encode("final"), harmony.MESSAGE]
+    text = harmony.encode("What is the capital of France?")
+    question = [harmony.START, *harmony.encode("user"), harmony.MESSAGE, *text]
+    header = [harmony.START, *harmony.encode("assistant"), harmony.CHANNEL, *harmony.encode("final"), harmony.MESSAGE]
+    prompt = [*question, harmony.END, *header]
     engine = gi.Engine.from_checkpoint(CHECKPOINT, device="cpu", dtype=torch.float32)
     (ours,) = engine.generate([prompt], gi.SamplingParams(max_tokens=48, temperature=0.0))
     write_gguf(CHECKPOINT, tmp_path / "out.gguf", "gguf-f32")

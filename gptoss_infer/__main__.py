@@ -115,7 +115,7 @@ def _add_convert(commands: Commands[argparse.ArgumentParser]) -> None:
     convert = _add(
         commands,
         "convert",
-        "write a checkpoint in another layout or as GGUF; nothing is rounded, except bf16 experts with --to mxfp4",
+        "write a checkpoint in another layout or for llama.cpp; nothing is rounded but bf16 experts with --to mxfp4",
         "gptoss-infer convert peers-fine-tune-bf16 fine-tune-mxfp4 --to mxfp4 --like openai/gpt-oss-20b",
     )
     convert.add_argument("source", metavar="SRC", help="checkpoint directory, or hub id[@revision]")

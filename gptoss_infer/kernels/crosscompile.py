@@ -2,10 +2,11 @@
 
     python -m gptoss_infer.kernels.crosscompile
 
-prints registers, shared memory and spills per kernel and GPU; exit code 1 if a kernel spills registers to memory, needs
-more shared memory than a block has there, or rounds subnormals to zero. Says nothing about results (the interpreter's
-tests do) or speed. A new kernel adds its cases to `cases`. Used by tests and by hand; needs Triton, whose NVIDIA
-backend carries the tools.
+prints registers, shared memory, spills and matrix instructions per kernel and GPU; exit code 1 if a kernel spills
+registers to memory, needs more shared memory or registers than it may have there, lacks the matrix instructions that it
+was written for, or rounds subnormals to zero. Says nothing about results (the interpreter's tests do) or speed. A new
+kernel's module adds itself to `cases.MODULES`. Used by tests and by hand; needs Triton, whose NVIDIA backend carries
+the tools.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,29 +27,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gptoss_infer.errors import MachineError, run_command
+from gptoss_infer.kernels.cases import Case, cases
 
 KIB = 1024
 # Shared memory of one block (CUDA C++ Programming Guide, technical specifications per compute capability) or work-group
 # (AMD CDNA 3 ISA, local data share).
 SHARED_LIMITS = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+MATRIX_INSTRUCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sm_80": {"none": (), "any": ("HMMA",), "wide": ("HMMA",)},
+    "sm_90": {"none": (), "any": ("HGMMA", "HMMA"), "wide": ("HGMMA",)},
+    "sm_100": {"none": (), "any": ("UTCHMMA", "HMMA"), "wide": ("UTCHMMA",)},
+    "gfx942": {"none": (), "any": ("v_mfma",), "wide": ("v_mfma",)},
+}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One specialisation of a kernel, as its launcher would ask for it."""
-
-    name: str
-    kernel: triton.JITFunction
-    signature: Mapping[str, str]  # Triton's types, such as *u8 and i64, of the arguments that are no constants
-    constants: Mapping[str, object] = field(default_factory=dict)
-    aligned: Sequence[str] = ()  # pointers and sizes that are multiples of 16; without it loads are not vectorised
-    options: Mapping[str, object] = field(default_factory=dict)  # num_warps, num_stages, ...
 
 
 @dataclass(frozen=True)
@@ -58,34 +55,23 @@ class Resources:
     shared_bytes: int  # per block
     spilled_bytes: int  # local memory per thread; 0 unless registers did not suffice
     flushes_subnormals: bool
+    matrix_instructions: Mapping[str, int] = field(default_factory=dict)  # how many of each kind the code has
 
-    def complaints(self, target: str) -> list[str]:
+    def complaints(self, case: Case, target: str) -> list[str]:
         """Return what makes the kernel unfit for `target`; empty if it is fit."""
         found = []
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes per thread")
         if self.shared_bytes > SHARED_LIMITS[target]:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, {target} has {SHARED_LIMITS[target]}")
+        if self.registers > case.max_registers:
+            found.append(f"needs {self.registers} registers, of which it may have {case.max_registers}")
         if self.flushes_subnormals:
             found.append("rounds subnormals to zero")
+        wanted = MATRIX_INSTRUCTIONS[target][case.tensor_cores]
+        if wanted and not any(self.matrix_instructions.get(kind) for kind in wanted):
+            found.append(f"has no {' or '.join(wanted)}")
         return found
-
-
-def cases() -> list[Case]:
-    """Return every kernel in every form that is launched."""
-    from gptoss_infer.kernels import mxfp4_decode
-
-    return [
-        Case(
-            f"mxfp4_decode {dtype}",
-            mxfp4_decode.decode_kernel,
-            {"blocks": "*u8", "scales": "*u8", "words": f"*u{bits}", "num_blocks": "i64"},
-            {"WORD_BITS": bits, "TILE": mxfp4_decode.TILE},
-            aligned=("blocks", "scales", "words"),
-            options=mxfp4_decode.OPTIONS,
-        )
-        for dtype, bits in (("bf16", 32), ("fp32", 64))
-    ]
 
 
 def compile_case(case: Case, target: str) -> Resources:
@@ -102,21 +88,33 @@ def compile_case(case: Case, target: str) -> Resources:
 
 
 def _nvidia(compiled: Any) -> Resources:  # triton.compiler.CompiledKernel, whose attributes are untyped
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        raise MachineError(
-            f"{tool} is missing; this Triton came without NVIDIA's tools: pip install --force-reinstall triton"
-        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        text = _tool("cuobjdump", "-res-usage", cubin.name)
+        code = _tool("nvdisasm", "-c", cubin.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     if found is None:
         raise MachineError(f"cuobjdump -res-usage printed {text!r}, expected REG:n STACK:n SHARED:n LOCAL:n")
     registers, stack, _, local = map(int, found.groups())
     # Spilled registers are counted as STACK; dynamic shared memory is only in Triton's metadata.
-    return Resources(registers, compiled.metadata.shared, stack + local, ".ftz." in compiled.asm["ptx"])
+    return Resources(
+        registers,
+        compiled.metadata.shared,
+        stack + local,
+        ".ftz." in compiled.asm["ptx"],
+        Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Return what one of the NVIDIA tools that Triton carries prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise MachineError(
+            f"{path} is missing; this Triton came without NVIDIA's tools: pip install --force-reinstall triton"
+        )
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _amd(compiled: Any) -> Resources:
@@ -132,9 +130,10 @@ def _amd(compiled: Any) -> Resources:
 
     return Resources(
         registers=number("vgpr_count"),
-        shared_bytes=number("group_segment_fixed_size"),
+        shared_bytes=compiled.metadata.shared,  # asked for at launch: the assembly's group_segment_fixed_size is 0
         spilled_bytes=number("private_segment_fixed_size"),
         flushes_subnormals=number("amdhsa_float_denorm_mode_32") != 3,
+        matrix_instructions=Counter(re.findall(r"\b(v_mfma)_", text)),
     )
 
 
@@ -144,15 +143,18 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m gptoss_infer.kernels.crosscompile",
         description="Compile every kernel for every GPU, without one, and print what it occupies.",
     ).parse_args(argv)
-    print(f"triton {triton.__version__}\n{'kernel':<24} {'GPU':<8} {'registers':>9} {'shared':>8} {'spilled':>8}")
+    print(
+        f"triton {triton.__version__}\n{'kernel':<32} {'GPU':<7} {'registers':>9} {'shared':>7} {'spilled':>7}  matrix"
+    )
     unfit = 0
-    for case in cases():
-        for target in TARGETS:
+    for target in TARGETS:
+        for case in cases(target):
             used = compile_case(case, target)
-            complaints = used.complaints(target)
+            complaints = used.complaints(case, target)
             unfit += bool(complaints)
-            row = f"{case.name:<24} {target:<8} {used.registers:>9} {used.shared_bytes:>8} {used.spilled_bytes:>8}"
-            print("  ".join([row, *complaints]), flush=True)
+            matrix = " ".join(f"{count} {kind}" for kind, count in used.matrix_instructions.items()) or "-"
+            row = f"{case.name:<32} {target:<7} {used.registers:>9} {used.shared_bytes:>7} {used.spilled_bytes:>7}"
+            print("  ".join([row, matrix, *complaints]), flush=True)
     return 1 if unfit else 0
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptoss_infer import mxfp4
+from gptoss_infer.kernels.cases import Case
 
 TILE = 128  # blocks per program: 16 bytes, one load, for each of its 128 threads
 # Fusing would change nothing in two lone multiplications; said because Triton's default depends on its version.
@@ -75,3 +76,19 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
                 WORD_BITS=16 * dtype.itemsize, TILE=TILE, **OPTIONS,
             )  # fmt: skip
     return values.flatten(-2)
+
+
+def cases(target: str) -> list[Case]:
+    """Return the forms that are launched; with more than 64 registers, less than half of an SM's threads would fit."""
+    return [
+        Case(
+            f"mxfp4_decode {dtype}",
+            decode_kernel,
+            {"blocks": "*u8", "scales": "*u8", "words": f"*u{bits}", "num_blocks": "i64"},
+            {"WORD_BITS": bits, "TILE": TILE},
+            aligned=("blocks", "scales", "words"),
+            options=OPTIONS,
+            max_registers=64,
+        )
+        for dtype, bits in (("bf16", 32), ("fp32", 64))
+    ]

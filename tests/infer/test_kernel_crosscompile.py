@@ -1,0 +1,81 @@
+"""Every kernel compiles for every GPU, without one, and the tool that says so can tell fit from unfit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed here (it comes with torch on Linux)")
+from gptoss_infer.kernels import crosscompile, mxfp4_decode  # need triton
+from gptoss_infer.kernels.cases import TARGETS, Case, cases
+
+EVERY = [pytest.param(case, target, id=f"{case.name}-{target}") for target in TARGETS for case in cases(target)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "target"), EVERY)
+def test_every_kernel_compiles_for_every_gpu_and_is_fit_for_it(case: Case, target: str) -> None:
+    used = crosscompile.compile_case(case, target)
+    assert used.complaints(case, target) == []
+    assert used.registers > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_decode_kernel_compiles_for_every_gpu_and_is_fit_for_it(target: str) -> None:
+    for case in mxfp4_decode.cases(target):
+        used = crosscompile.compile_case(case, target)
+        assert used.complaints(case, target) == []
+        assert 0 < used.registers <= 64
+
+
+@pytest.mark.parametrize(("target", "limit"), [("sm_80", {"maxnreg": 64}), ("gfx942", {"waves_per_eu": 8})])
+def test_a_kernel_that_holds_too_much_is_reported_as_spilling(target: str, limit: dict[str, object]) -> None:
+    from kernel_probes import spilling_kernel
+
+    options = {"num_warps": 1, "enable_fp_fusion": False} | limit
+    case = Case("", spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {"SIZE": 8192}, options=options)
+    used = crosscompile.compile_case(case, target)
+    assert used.spilled_bytes > 0
+    assert "spills" in used.complaints(case, target)[0]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_matrix_product_counts_matrix_instructions_and_a_kernel_without_any_is_reported(target: str) -> None:
+    from kernel_probes import dot_kernel, spilling_kernel
+
+    signature = {"x": "*bf16", "y": "*bf16", "out": "*fp32"}
+    product = Case("", dot_kernel, signature, {"SIZE": 64}, aligned=tuple(signature), tensor_cores="wide")
+    used = crosscompile.compile_case(product, target)
+    assert sum(used.matrix_instructions.values()) >= 1
+    assert used.complaints(product, target) == []
+    none = Case("", spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {"SIZE": 128}, tensor_cores="any")
+    used = crosscompile.compile_case(none, target)
+    assert not used.matrix_instructions
+    assert "has no" in used.complaints(none, target)[0]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_a_product_of_32_rows_is_reported_to_lack_the_wide_instructions(target: str) -> None:
+    from kernel_probes import dot_kernel
+
+    signature = {"x": "*bf16", "y": "*bf16", "out": "*fp32"}
+    small = Case("", dot_kernel, signature, {"SIZE": 32}, aligned=tuple(signature), tensor_cores="wide")
+    used = crosscompile.compile_case(small, target)
+    assert used.matrix_instructions.get("HMMA")
+    assert "has no" in used.complaints(small, target)[0]
+
+
+def test_too_much_shared_memory_too_many_registers_and_flushed_subnormals_are_reported() -> None:
+    case = Case("", None, {}, max_registers=31)
+    used = crosscompile.Resources(registers=32, shared_bytes=200 * 1024, spilled_bytes=0, flushes_subnormals=True)
+    assert len(used.complaints(case, "sm_80")) == 3
+    assert len(used.complaints(case, "sm_90")) == 2
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_row_for_every_kernel_and_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert crosscompile.main([]) == 0
+    rows = re.findall(r"^(\S.*?) +(sm_\d+|gfx942) +(\d+) +(\d+) +0  ", capsys.readouterr().out, re.MULTILINE)
+    wanted = {(case.name, target) for target in TARGETS for case in cases(target)}
+    assert {row[:2] for row in rows} == wanted

@@ -23,13 +23,17 @@ import torch
 from torch import Tensor
 
 
-def interpreted(module: str, function: str, *arguments: object) -> Tensor:
-    """Return what `module.function(*arguments)` returns in the worker; what it raises is raised here."""
+def interpreted(module: str, function: str, *arguments: object) -> Any:
+    """Return what `module.function(*arguments)` returns in the worker; what it raises is raised here.
+
+    That is a tensor, or for a tuple the list of its tensors.
+    """
     tensors = {str(i): argument for i, argument in enumerate(arguments) if isinstance(argument, Tensor)}
     rest = {i: argument for i, argument in enumerate(arguments) if not isinstance(argument, Tensor)}
     packed = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
     answer = _worker().submit(_call, module, function, packed, rest).result(timeout=300)
-    return safetensors.torch.load(answer)["result"]
+    results = safetensors.torch.load(answer)
+    return results["result"] if "result" in results else [results[str(i)] for i in range(len(results))]
 
 
 @functools.cache
@@ -49,7 +53,10 @@ def _start() -> None:
 def _call(module: str, function: str, packed: bytes, rest: dict[int, object]) -> bytes:
     arguments: dict[int, object] = {int(key): tensor for key, tensor in safetensors.torch.load(packed).items()} | rest
     result = getattr(importlib.import_module(module), function)(*(arguments[i] for i in range(len(arguments))))
-    return safetensors.torch.save({"result": result.contiguous()})
+    if isinstance(result, Tensor):
+        return safetensors.torch.save({"result": result.contiguous()})
+    tensors = [part for part in result if isinstance(part, Tensor)]
+    return safetensors.torch.save({str(i): part.contiguous() for i, part in enumerate(tensors)})
 
 
 def widen(bits: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 # Targets for which every kernel must compile, and for which launchers have their tuning.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = ("mxfp4_decode", "routing")
+MODULES = ("moe", "mxfp4_decode", "routing")
 
 # What matrix instructions a kernel must come out with. "wide" ones are those of a whole warpgroup on sm_90 and of
 # tensor memory on sm_100, for which a product needs 64 rows; "any" are of a single warp (HMMA) or better.
@@ -30,7 +30,7 @@ class Case:
     aligned: Sequence[str] = ()  # pointers and sizes that are multiples of 16; without it loads are not vectorised
     options: Mapping[str, object] = field(default_factory=dict)  # num_warps, num_stages, ...
     tensor_cores: TensorCores = "none"
-    max_registers: int = 255  # per thread: what the wanted number of blocks on one multiprocessor leaves
+    blocks: int = 1  # that must fit on one multiprocessor, by registers and shared memory
 
 
 def cases(target: str) -> list[Case]:

@@ -57,6 +57,14 @@ class Resources:
     flushes_subnormals: bool
     matrix_instructions: Mapping[str, int] = field(default_factory=dict)  # how many of each kind the code has
 
+    def fitting(self, target: str, num_warps: int) -> int:
+        """Return how many blocks fit on one multiprocessor (compute unit) by registers and by shared memory."""
+        registers = -(-self.registers // 8) * 8  # as they are allocated
+        if target.startswith("gfx"):  # four SIMDs of 512 registers per lane
+            return min(4 * (512 // registers) // num_warps, SHARED_LIMITS[target] // max(self.shared_bytes, 1))
+        per_block = self.shared_bytes + KIB  # one KiB is the system's
+        return min(65536 // (registers * 32 * num_warps), (SHARED_LIMITS[target] + KIB) // per_block)
+
     def complaints(self, case: Case, target: str) -> list[str]:
         """Return what makes the kernel unfit for `target`; empty if it is fit."""
         found = []
@@ -64,8 +72,8 @@ class Resources:
             found.append(f"spills {self.spilled_bytes} bytes per thread")
         if self.shared_bytes > SHARED_LIMITS[target]:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, {target} has {SHARED_LIMITS[target]}")
-        if self.registers > case.max_registers:
-            found.append(f"needs {self.registers} registers, of which it may have {case.max_registers}")
+        if (fitting := self.fitting(target, int(str(case.options.get("num_warps", 4))))) < case.blocks:
+            found.append(f"only {fitting} of {case.blocks} blocks fit on a multiprocessor")
         if self.flushes_subnormals:
             found.append("rounds subnormals to zero")
         wanted = MATRIX_INSTRUCTIONS[target][case.tensor_cores]

@@ -1,8 +1,8 @@
 """MXFP4 weights of experts in the order in which the product kernels read them, and back. Plain torch, run at load.
 
-A tile has 64 rows (outputs) of 64 columns (inputs): 2 KiB that lie together, tiles in order of their columns. The 16
-bytes for each of a block's 128 threads go from memory to registers as NVIDIA's matrix instructions want them, and a word
-of 8 codes becomes 4 pairs of bf16 in 9 instructions: no table, no shuffle, no second pass through shared memory.
+A tile has 64 rows (outputs) of 64 columns (inputs): 2 KiB that lie together, tiles in order of their columns. The bytes
+for a thread go from memory to its registers as the matrix instructions want them, and a word of 8 codes becomes 4 pairs
+of bf16 in 9 instructions: no table, no shuffle, no second pass through shared memory.
 
 **Words.** A word of 32 bits holds 8 codes of one row as 4 pairs. Pair i is columns 16 i + 2 q and the next, q being the
 word's place. A bf16 with the code's sign at bit 15 and its other bits at 8..6 is the code's value times 2**-126 (0.5 is
@@ -13,9 +13,14 @@ a subnormal), so a pair is these bits of the two halves of a word, 0x81C081C0, a
 
 The sets of bits that they take fill the word. (Four shifts of one set cannot: no translates of {15, 8, 7, 6} tile 16.)
 
-**Order in a tile.** Word (n, a, b, c, d) of (4, 8, 4, 2, 2) holds row 16 n + 2 a + c and place q = b + 4 d: thread
-(n, a, b) of 128 gets words (c, d), its part of the left operand of a 64-row product with rows 16 n + 8 c + a. The rows
-of a thread are neighbours in the checkpoint: gate and up of one unit, in gate_up_proj, meet in one thread.
+**Order in a tile.** The word of row 16 n + 2 a + c and place q is word (n, a, b, c, d) of (4, 8, 4, 2, 2). Thread
+(n, a, b) of 128 gets the words (c, d): its part of the left operand of a 64-row product with rows 16 n + 8 c + a. So
+the rows of a thread are neighbours in the checkpoint: gate and up of one unit, in gate_up_proj, meet in one thread.
+What differs by GPU, for its instruction's operand:
+
+    "wgmma" (9.0)   q = b + 4 d    a thread has columns 2 b, 2 b + 1, 2 b + 8 and 2 b + 9 of 16
+    "mma" (others)  q = 2 b + d    a thread has columns 4 b to 4 b + 3 of 16
+    "mfma" (AMD)    as "mma", but in memory (n, b, c, a, d): the rows of a wave are its lowest lanes
 
 **Scales.** A word holds the scales of a row for two tiles, 128 columns, lowest byte first: byte s + 126, the bf16
 exponent of 2**(s - 127) times the 2**126 that codes lack. So s is at most 128 (values up to 12; `pack` refuses others).
@@ -27,7 +32,7 @@ Rows and columns that fill up the last tile are zero, with scale byte 0, which m
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +43,7 @@ from gptoss_infer import mxfp4
 ROWS, COLUMNS, WORDS = 64, 64, 512  # of a tile
 EXPONENT = 126  # what a scale byte has more than in MXFP4
 MAX_SCALE = 254 - EXPONENT
+Order = Literal["wgmma", "mma", "mfma"]
 _PAIR_BITS = 0x81C081C0
 
 
@@ -48,9 +54,12 @@ class Tiles(NamedTuple):
     scales: Tensor  # int32 (E, tiles of rows, half the tiles of columns, rounded up, 64)
     out_features: int
     in_features: int
+    order: Order
 
 
-def empty(num_experts: int, out_features: int, in_features: int, device: torch.device | str = "cpu") -> Tiles:
+def empty(
+    num_experts: int, out_features: int, in_features: int, order: Order, device: torch.device | str = "cpu"
+) -> Tiles:
     """Return tiles without values for weights (E, out, in); `in_features` is a multiple of 32."""
     rows, columns = -(-out_features // ROWS), -(-in_features // COLUMNS)
     return Tiles(
@@ -58,14 +67,16 @@ def empty(num_experts: int, out_features: int, in_features: int, device: torch.d
         torch.empty(num_experts, rows, -(-columns // 2), ROWS, dtype=torch.int32, device=device),
         out_features,
         in_features,
+        order,
     )
 
 
-def pack(blocks: Tensor, scales: Tensor, device: torch.device | str | None = None) -> Tiles:
+def pack(blocks: Tensor, scales: Tensor, order: Order, device: torch.device | str | None = None) -> Tiles:
     """Bring MXFP4 weights into tiles, one expert at a time: beside the result it needs room for about eight experts.
 
     Args:
         blocks: uint8 (E, out, G, 16). scales: uint8 (E, out, G).
+        order: of the GPU that is to read them, `tuning.ORDERS`.
         device: where the tiles go, and where the work is done; that of `blocks` if omitted.
     Raises: ValueError if shapes or dtypes disagree, or a scale byte is above 128.
     """
@@ -73,7 +84,7 @@ def pack(blocks: Tensor, scales: Tensor, device: torch.device | str | None = Non
     if scales.dim() != 3:
         raise ValueError(f"scales have shape {tuple(scales.shape)}, expected (E, out, G)")
     num_experts, out_features, groups = scales.shape
-    tiles = empty(num_experts, out_features, groups * mxfp4.BLOCK, device or blocks.device)
+    tiles = empty(num_experts, out_features, groups * mxfp4.BLOCK, order, device or blocks.device)
     for expert in range(num_experts):
         _pack_expert(blocks[expert].to(tiles.words.device), scales[expert].to(tiles.words.device), expert, tiles)
     return tiles
@@ -87,8 +98,7 @@ def unpack(tiles: Tiles) -> tuple[Tensor, Tensor]:
     scales = torch.empty(shape, dtype=torch.uint8, device=tiles.words.device)
     for expert in range(shape[0]):
         rows, columns = tiles.words.shape[1:3]
-        words = tiles.words[expert].view(rows, columns, 4, 8, 4, 2, 2)
-        words = words.permute(0, 2, 3, 5, 1, 6, 4).reshape(rows * ROWS, columns, 8)  # place last
+        words = _by_row(tiles.words[expert], tiles.order).reshape(rows * ROWS, columns, 8)
         pairs = torch.stack(_pairs(words), dim=2)  # (rows, columns, 4, 8) int64
         nibbles = pairs >> 6 & 7 | pairs >> 12 & 8, pairs >> 22 & 7 | pairs >> 28 & 8
         of_expert = (nibbles[0] | nibbles[1] << 4).to(torch.uint8).view(rows * ROWS, columns * 2, 16)
@@ -110,14 +120,23 @@ def _pack_expert(blocks: Tensor, scales: Tensor, expert: int, tiles: Tiles) -> N
     rows, columns = words.shape[:2]
     missing_rows = rows * ROWS - blocks.shape[0]
     blocks = F.pad(blocks, (0, 0, 0, columns * 2 - blocks.shape[1], 0, missing_rows))
-    # The 32 bytes of a row of a tile are (i, q), q being (d, b).
-    source = blocks.view(rows, 4, 8, 2, columns, 4, 2, 4)  # rows (n, a, c), columns, i, d, b
-    bits = [_byte_bits(blocks.device)[i].index_select(0, source[..., i, :, :].flatten().int()) for i in range(4)]
-    word = (bits[0] | bits[1] | bits[2] | bits[3]).view(rows, 4, 8, 2, columns, 2, 4)
-    words.view(rows, columns, 4, 8, 4, 2, 2).copy_(word.permute(0, 4, 1, 2, 6, 3, 5))
+    source = blocks.view(rows * ROWS, columns, 4, 8)  # the 32 bytes of a row of a tile are (i, q)
+    bits = [_byte_bits(blocks.device)[i].index_select(0, source[:, :, i].flatten().int()) for i in range(4)]
+    by_row = _by_row(words, tiles.order)
+    by_row.copy_((bits[0] | bits[1] | bits[2] | bits[3]).view(by_row.shape))
     fields = F.pad(scales + EXPONENT, (0, packed.shape[1] * 4 - scales.shape[1], 0, missing_rows))
     fields = fields.view(rows, 4, 8, 2, packed.shape[1], 4).permute(0, 4, 1, 2, 3, 5)
     packed.copy_(fields.contiguous().view(torch.int32).view_as(packed))
+
+
+def _by_row(words: Tensor, order: Order) -> Tensor:
+    """View one expert's words by row and place: (tiles of rows, n, a, c, tiles of columns, q in two dimensions)."""
+    if order == "mfma":
+        words = words.unflatten(-1, (4, 4, 2, 8, 2)).permute(0, 1, 2, 5, 3, 4, 6)  # n, b, c, a, d: to n, a, b, c, d
+    else:
+        words = words.unflatten(-1, (4, 8, 4, 2, 2))
+    places = (6, 4) if order == "wgmma" else (4, 6)
+    return words.permute(0, 2, 3, 5, 1, *places)
 
 
 @functools.cache

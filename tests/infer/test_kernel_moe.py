@@ -1,0 +1,216 @@
+"""The expert kernels in Triton's interpreter against dense products in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import interpreted
+from torch import Tensor
+
+from gptoss_infer import mxfp4
+from gptoss_infer.experts import Activation, Experts, Routing
+
+pytest.importorskip("triton", reason="Triton is not installed here (it comes with torch on Linux)")
+from gptoss_infer.kernels import moe, routing, tiles, tuning  # need triton
+
+TARGETS = tuple(tuning.TABLES)
+ONE_FAST = [pytest.param(target, marks=() if target == "sm_90" else pytest.mark.slow) for target in TARGETS]
+HALF_UNIT = 2**-8  # largest relative error of rounding to bf16
+
+
+def random_weights(num_experts: int, hidden: int, units: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Blocks, scales and bias of gate_up, then of down; values of about unit effect."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    for rows, columns in ((2 * units, hidden), (hidden, units)):
+        blocks = torch.randint(0, 256, (num_experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 125, (num_experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+        found += [blocks, scales, torch.randn(num_experts, rows, generator=generator).bfloat16()]
+    return tuple(found)
+
+
+def random_inputs(num_tokens: int, num_experts: int, hidden: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, hidden, generator=generator).bfloat16()
+    return x, torch.randn(num_tokens, num_experts, generator=generator)
+
+
+def dense(blocks: Tensor, scales: Tensor, bias: Tensor, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x W^T + bias of one expert in fp64, and the same of absolute values: what errors are measured by."""
+    weights = mxfp4.decode(blocks[expert], scales[expert], torch.float64)
+    x, bias = x.double(), bias[expert].double()
+    return weights @ x + bias, weights.abs() @ x.abs() + bias.abs()
+
+
+def swiglu(pre: Tensor) -> Tensor:
+    gate, up = pre[0::2].clamp(max=7), pre[1::2].clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def assert_steps_equal_dense_products(
+    target: str, block_m: int, top_k: int, x: Tensor, logits: Tensor, real: Tensor | None, weights: tuple[Tensor, ...]
+) -> None:
+    hidden, results, out = interpreted("moe_probes", "steps", target, block_m, top_k, x, logits, real, *weights)
+    routed = routing.route_ref(logits, top_k, block_m, real)
+    rows = {slot: row for row, slot in enumerate(routed.slots.tolist()) if slot >= 0}
+    assert (hidden[len(rows) :] == 7).all(), "rows behind the last were written"
+    for token in range(len(x)):
+        total = torch.zeros(x.shape[1], dtype=torch.float64)
+        for j, expert in enumerate(routed.chosen[token].tolist()):
+            if expert < 0:
+                assert (results[token, j] == 7).all(), "a slot that is not real was written"
+                continue
+            unit = hidden[rows[token * top_k + j]].double()
+            pre, size = dense(*weights[:3], expert, x[token])
+            # fp32 sums of C + 1 terms lose at most C units of 2**-24; the SwiGLU's slope in a pre-activation is at most
+            # 1.1 (7 + 1) for gate and 7 for up. Then one rounding to bf16.
+            error = 9 * x.shape[1] * 2**-24 * size.view(-1, 2).amax(1) + 1e-6
+            assert ((unit - swiglu(pre)).abs() <= error + HALF_UNIT * swiglu(pre).abs()).all()
+            y, size = dense(*weights[3:], expert, unit)
+            error = len(unit) * 2**-24 * size + HALF_UNIT * y.abs()
+            assert ((results[token, j].double() - y).abs() <= error).all()
+            total += results[token, j].double() * routed.weights[token, j].double()
+        assert ((out[token].double() - total).abs() <= HALF_UNIT * total.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "hidden", "units"),
+    [
+        (1, 4, 1, 64, 64),
+        (5, 4, 2, 96, 32),  # 32 columns behind the last whole tile, in both products
+        (17, 4, 2, 160, 96),
+        (3, 128, 4, 64, 32),  # nearly all experts empty
+        (2, 3, 3, 32, 160),
+    ],
+)
+def test_every_step_equals_a_dense_product(
+    num_tokens: int, num_experts: int, top_k: int, hidden: int, units: int
+) -> None:
+    x, logits = random_inputs(num_tokens, num_experts, hidden)
+    weights = random_weights(num_experts, hidden, units)
+    assert_steps_equal_dense_products("sm_90", 16, top_k, x, logits, None, weights)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_form_of_every_gpu_equals_a_dense_product(target: str) -> None:
+    x, logits = random_inputs(20, 2, 160)
+    logits[:, 0] += 3  # more than 16 rows for one expert
+    weights = random_weights(2, 160, 96)
+    for block_m in tuning.TABLES[target]:
+        assert_steps_equal_dense_products(target, block_m, 1, x, logits, None, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "hidden", "units"), [(64, 32, 4, 192, 128), (33, 8, 4, 96, 224)]
+)
+def test_larger_batches_equal_a_dense_product(
+    target: str, num_tokens: int, num_experts: int, top_k: int, hidden: int, units: int
+) -> None:
+    x, logits = random_inputs(num_tokens, num_experts, hidden)
+    weights = random_weights(num_experts, hidden, units)
+    for block_m in tuning.TABLES[target]:
+        assert_steps_equal_dense_products(target, block_m, top_k, x, logits, None, weights)
+
+
+def test_all_tokens_on_one_expert_and_slots_that_are_not_real() -> None:
+    x, logits = random_inputs(20, 3, 64)
+    logits[:, 1] += 100
+    real = torch.arange(20) % 4 != 2
+    x[~real] = torch.nan  # what such a slot holds is nobody's business
+    assert_steps_equal_dense_products("sm_90", 16, 1, x, logits, real, random_weights(3, 64, 32))
+
+
+def test_pre_activations_beyond_the_limits_are_clamped() -> None:
+    weights = list(random_weights(1, 32, 32))
+    weights[2] = torch.tensor([20.0, 20, -20, -20, 20, -20, -20, 20]).repeat(8).view(1, 64).bfloat16()
+    x, logits = random_inputs(3, 1, 32)
+    hidden, _, _ = interpreted("moe_probes", "steps", "sm_90", 16, 1, x * 2**-6, logits, None, *weights)
+    assert_steps_equal_dense_products("sm_90", 16, 1, x * 2**-6, logits, None, tuple(weights))
+    assert torch.equal(hidden[:, 0], torch.full((3,), 56.0).bfloat16())  # 7 sigmoid(11.9) (7 + 1)
+    assert torch.equal(hidden[:, 2], torch.full((3,), -42.0).bfloat16())  # 7 sigmoid(11.9) (-7 + 1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_code_at_every_scale_that_tiles_hold_is_multiplied_exactly(target: str) -> None:
+    """Unit vectors take the weights out one by one; those of scale byte 0 are subnormal in bf16."""
+    codes = torch.arange(32) % 16
+    blocks = mxfp4.pack(codes.to(torch.uint8).expand(129, 2, 32).contiguous()).unsqueeze(0)
+    scales = torch.arange(129, dtype=torch.uint8).view(1, 129, 1).repeat(1, 1, 2)
+    expected = mxfp4.decode(blocks, scales, torch.bfloat16)[0]  # (129, 64)
+    assert (expected[:, 1] == 0.5 * 2.0 ** (torch.arange(129) - 127)).all()
+    bias = torch.zeros(1, 129).bfloat16()
+    got = interpreted("moe_probes", "product", target, 64, torch.eye(64).bfloat16(), blocks, scales, bias)
+    assert torch.equal(got.T, expected)
+
+
+@pytest.mark.parametrize("target", ONE_FAST)
+def test_a_row_is_bit_for_bit_the_same_alone_and_among_others_in_tiles_of_any_height(target: str) -> None:
+    x, logits = random_inputs(18, 2, 96)
+    logits[:, 0] += 3  # more than 16 rows for one expert
+    weights = random_weights(2, 96, 64)
+    alone = interpreted("moe_probes", "steps", target, 16, 1, x[5:6], logits[5:6], None, *weights)[2]
+    for block_m in tuning.TABLES[target]:
+        among = interpreted("moe_probes", "steps", target, block_m, 1, x, logits, None, *weights)[2]
+        assert torch.equal(among[5:6], alone)
+
+
+def test_a_token_that_is_nan_spoils_no_other() -> None:
+    x, logits = random_inputs(6, 2, 64)
+    weights = random_weights(2, 64, 32)
+    sane = interpreted("moe_probes", "moe_layer", 2, x, logits, None, *weights)
+    x[2], logits[2] = torch.nan, torch.nan
+    got = interpreted("moe_probes", "moe_layer", 2, x, logits, None, *weights)
+    others = torch.arange(6) != 2
+    assert got[2].isnan().all()
+    assert torch.equal(got[others], sane[others])
+
+
+def test_the_whole_layer_equals_the_models_own_experts() -> None:
+    """`Experts` is compared with transformers elsewhere; here it computes in fp32."""
+    x, logits = random_inputs(9, 5, 64)
+    weights = random_weights(5, 64, 96)
+    experts = Experts(5, 64, 96, Activation(1.702, 7.0), "mxfp4")
+    for linear, (blocks, scales, bias) in zip(
+        (experts.gate_up_proj, experts.down_proj), (weights[:3], weights[3:]), strict=True
+    ):
+        linear.blocks.copy_(blocks)
+        linear.scales.copy_(scales)
+        linear.bias.data.copy_(bias)
+    values, chosen = logits.topk(2)
+    with torch.no_grad():
+        expected = experts(x.float(), values.softmax(-1), Routing.of(chosen, 5))
+    got = interpreted("moe_probes", "moe_layer", 2, x, logits, None, *weights).float()
+    # Three roundings to bf16, each with an error of at most 2**-8 / sqrt(3) in the mean of squares.
+    assert (got - expected).norm() / expected.norm() < 2**-8
+    linears = (
+        moe.Linear(tiles.pack(blocks, scales, "mfma"), bias) for blocks, scales, bias in (weights[:3], weights[3:])
+    )
+    assert (
+        moe.moe_ref(x, logits, 2, *linears, moe.Swiglu(1.702, 7.0)).float() - expected
+    ).norm() < 2**-8 * expected.norm()
+
+
+def test_an_empty_batch_has_an_empty_result() -> None:
+    x, logits = random_inputs(0, 3, 64)
+    assert interpreted("moe_probes", "moe_layer", 2, x, logits, None, *random_weights(3, 64, 32)).shape == (0, 64)
+
+
+def test_wrong_dtypes_shapes_and_tile_heights_are_refused() -> None:
+    x, logits = random_inputs(2, 3, 64)
+    linear = moe.Linear(tiles.empty(3, 64, 64, "wgmma"), torch.zeros(3, 64))
+    routed = routing.route_ref(logits, 2, 16)
+    with pytest.raises(ValueError, match=r"torch\.float32; the expert kernels take bfloat16"):
+        moe.down(x.float(), linear, routed)
+    with pytest.raises(ValueError, match=r"shape \(2, 32\), expected \(rows, 64\)"):
+        moe.up(x[:, :32], linear, routed, moe.Swiglu(1.702, 7.0))
+    with pytest.raises(ValueError, match=r"up to 48 rows, expected one of \(16, 32, 64, 128\)"):
+        moe.down(x, linear, routed._replace(block_m=48))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "expected"), [(1, 32, 16), (64, 32, 16), (128, 32, 32), (512, 128, 32), (8192, 32, 128)]
+)
+def test_tiles_are_as_high_as_experts_need_them(tokens: int, experts: int, expected: int) -> None:
+    assert tuning.block_m("sm_90", tokens, 4, experts) == expected

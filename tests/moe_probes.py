@@ -1,0 +1,47 @@
+"""Launches of the expert kernels for the interpreter's worker, which takes and returns plain tensors."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from gptoss_infer.kernels import moe, routing, tiles, tuning
+
+ACTIVATION = moe.Swiglu(1.702, 7.0)
+
+
+def linear(target: str, blocks: Tensor, scales: Tensor, bias: Tensor) -> moe.Linear:
+    return moe.Linear(tiles.pack(blocks, scales, tuning.ORDERS[target]), bias)
+
+
+def steps(
+    target: str, block_m: int, top_k: int, x: Tensor, logits: Tensor, real: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What up, down and combine return, each fed by the one before; rows that no kernel writes are 7."""
+    gate_up, down_proj = linear(target, *weights[:3]), linear(target, *weights[3:])
+    routed = routing.route_ref(logits, top_k, block_m, real)
+
+    new_empty = Tensor.new_empty
+
+    def sevens(like: Tensor, *shape: int, **options: object) -> Tensor:
+        made = new_empty(like, *shape, **options)
+        return made.fill_(7) if made.dtype == torch.bfloat16 else made  # the interpreter makes tensors of its own
+
+    with patch.object(tuning, "target_of", lambda device: target), patch.object(Tensor, "new_empty", sevens):
+        hidden = moe.up(x, gate_up, routed, ACTIVATION)
+        results = moe.down(hidden, down_proj, routed)
+        return hidden, results, moe.combine(results, routed)
+
+
+def product(target: str, block_m: int, rows: Tensor, *weights: Tensor) -> Tensor:
+    """Rows (M, in) times one expert's weights, plus bias: (M, out)."""
+    routed = routing.route_ref(torch.zeros(len(rows), 1), 1, block_m)
+    with patch.object(tuning, "target_of", lambda device: target):
+        return moe.down(rows, linear(target, *weights), routed).squeeze(1)
+
+
+def moe_layer(top_k: int, x: Tensor, logits: Tensor, real: Tensor | None, *weights: Tensor) -> Tensor:
+    gate_up, down_proj = linear("sm_90", *weights[:3]), linear("sm_90", *weights[3:])
+    return moe.moe(x, logits, top_k, gate_up, down_proj, ACTIVATION, real)

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from gptoss_infer.kernels import moe, routing, tiles, tuning
+from gptoss_infer.kernels import low_rank, moe, routing, tiles, tuning
 
 ACTIVATION = moe.Swiglu(1.702, 7.0)
 
@@ -44,4 +44,17 @@ def product(target: str, block_m: int, rows: Tensor, *weights: Tensor) -> Tensor
 
 def moe_layer(top_k: int, x: Tensor, logits: Tensor, real: Tensor | None, *weights: Tensor) -> Tensor:
     gate_up, down_proj = linear("sm_90", *weights[:3]), linear("sm_90", *weights[3:])
-    return moe.moe(x, logits, top_k, gate_up, down_proj, ACTIVATION, real)
+    return moe.moe(x, logits, moe.Layer(gate_up, down_proj, ACTIVATION, top_k), real=real)
+
+
+def moe_with_adapters(
+    target: str, top_k: int, x: Tensor, logits: Tensor, adapters: Tensor, scaling: float, *tensors: Tensor
+) -> Tensor:
+    """`tensors` are six of weights, then A and B of gate_up and A and B of down for each adapter."""
+    weights, factors = tensors[:6], tensors[6:]
+    ups = [(*factors[i : i + 2], scaling) for i in range(0, len(factors), 4)]
+    downs = [(*factors[i + 2 : i + 4], scaling) for i in range(0, len(factors), 4)]
+    gate_up = linear(target, *weights[:3])._replace(low_rank=low_rank.join(ups))
+    down_proj = linear(target, *weights[3:])._replace(low_rank=low_rank.join(downs))
+    with patch.object(tuning, "target_of", lambda device: target):
+        return moe.moe(x, logits, moe.Layer(gate_up, down_proj, ACTIVATION, top_k), adapters=adapters)

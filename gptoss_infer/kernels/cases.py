@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 # Targets for which every kernel must compile, and for which launchers have their tuning.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = ("moe", "mxfp4_decode", "routing")
+MODULES = ("low_rank", "moe", "mxfp4_decode", "routing")
 
 # What matrix instructions a kernel must come out with. "wide" ones are those of a whole warpgroup on sm_90 and of
 # tensor memory on sm_100, for which a product needs 64 rows; "any" are of a single warp (HMMA) or better.

@@ -204,7 +204,7 @@ def write_tiles(counts, tiles, num_tiles, BLOCK_M: tl.constexpr, NUM_EXPERTS: tl
     return first_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def route_kernel(  # type: ignore[no-untyped-def]
     logits, real, chosen, weights, slots, tiles, num_tokens, num_tiles,
     NUM_EXPERTS: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
@@ -222,7 +222,7 @@ def route_kernel(  # type: ignore[no-untyped-def]
     write_tiles(counts, tiles, num_tiles, BLOCK_M, NUM_EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def choose_kernel(  # type: ignore[no-untyped-def]
     logits, real, chosen, weights, counts, num_tokens,
     NUM_EXPERTS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
@@ -238,7 +238,7 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     tl.store(counts + tl.program_id(0) * NUM_EXPERTS + expert, count, mask=expert < NUM_EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "num_slots", "num_tiles"])
 def scan_kernel(  # type: ignore[no-untyped-def]
     counts, rows, slots, tiles, num_blocks, num_slots, num_tiles,
     NUM_EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, SCAN: tl.constexpr,
@@ -268,7 +268,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         tl.store(slots + rest, -1, mask=rest < num_slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def place_kernel(chosen, rows, slots, num_tokens, NUM_EXPERTS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write the slots of BLOCK tokens to their rows; rows (blocks, E) are `scan_kernel`'s."""
     COLUMNS: tl.constexpr = triton.next_power_of_2(K)

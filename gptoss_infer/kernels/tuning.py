@@ -68,11 +68,10 @@ def block_m(target: str, num_tokens: int, top_k: int, num_experts: int) -> int:
     return next((size for size in sizes if 1.5 * mean <= size), max(sizes))
 
 
-def options(target: str, launch: Launch) -> dict[str, object]:
-    """Return the options that Triton takes with a launch."""
-    found: dict[str, object] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+def options(target: str, num_warps: int, num_stages: int) -> dict[str, object]:
+    """Return what Triton is told with a launch of a product."""
     # Fused, the last operations on a row could be rounded in one form and not in another.
-    found["enable_fp_fusion"] = False
+    found: dict[str, object] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     if target.startswith("gfx"):
         found["matrix_instr_nonkdim"] = 16  # the same instruction, and so order of sums, for every tile height
     return found

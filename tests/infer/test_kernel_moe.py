@@ -11,7 +11,7 @@ from gptoss_infer import mxfp4
 from gptoss_infer.experts import Activation, Experts, Routing
 
 pytest.importorskip("triton", reason="Triton is not installed here (it comes with torch on Linux)")
-from gptoss_infer.kernels import moe, routing, tiles, tuning  # need triton
+from gptoss_infer.kernels import low_rank, moe, routing, tiles, tuning  # need triton
 
 TARGETS = tuple(tuning.TABLES)
 ONE_FAST = [pytest.param(target, marks=() if target == "sm_90" else pytest.mark.slow) for target in TARGETS]
@@ -187,9 +187,85 @@ def test_the_whole_layer_equals_the_models_own_experts() -> None:
     linears = (
         moe.Linear(tiles.pack(blocks, scales, "mfma"), bias) for blocks, scales, bias in (weights[:3], weights[3:])
     )
-    assert (
-        moe.moe_ref(x, logits, 2, *linears, moe.Swiglu(1.702, 7.0)).float() - expected
-    ).norm() < 2**-8 * expected.norm()
+    layer = moe.Layer(*linears, moe.Swiglu(1.702, 7.0), 2)
+    assert (moe.moe_ref(x, logits, layer).float() - expected).norm() < 2**-8 * expected.norm()
+
+
+def random_factors(num_experts: int, hidden: int, units: int, rank: int, seed: int) -> list[Tensor]:
+    """A and B of gate_up, then of down, whose product is about as large as the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for rows, columns in ((2 * units, hidden), (hidden, units)):
+        found.append(torch.randn(num_experts, rank, columns, generator=generator) * columns**-0.5)
+        found.append(torch.randn(num_experts, rows, rank, generator=generator) * rank**-0.5)
+    return found
+
+
+def dense_layer(x: Tensor, logits: Tensor, top_k: int, weights: tuple[Tensor, ...], deltas: list[Tensor]) -> Tensor:
+    """The weighted sum of one token's experts in fp64, `deltas` (E, out, in) added to the weights."""
+    values, chosen = logits.topk(top_k)
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for weight, expert in zip(values.double().softmax(0), chosen.tolist(), strict=True):
+        pre = dense(*weights[:3], expert, x)[0] + deltas[0][expert] @ x.double()
+        unit = swiglu(pre)
+        total += weight * (dense(*weights[3:], expert, unit)[0] + deltas[1][expert] @ unit)
+    return total
+
+
+@pytest.mark.parametrize("target", ONE_FAST)
+def test_tokens_of_two_adapters_and_of_none_in_one_batch_each_get_their_own(target: str) -> None:
+    num_tokens, top_k, scaling = 9, 2, 0.5
+    x, logits = random_inputs(num_tokens, 3, 96)
+    weights = random_weights(3, 96, 64)
+    factors = [random_factors(3, 96, 64, rank, seed=rank) for rank in (4, 17)]  # 21 ranks in all, filled up to 32
+    adapters = torch.tensor([0, 1, -1]).repeat(3).int()
+    tensors = (*weights, *factors[0], *factors[1])
+    got = interpreted("moe_probes", "moe_with_adapters", target, top_k, x, logits, adapters, scaling, *tensors)
+    nothing = [torch.zeros(3, 128, 96).double(), torch.zeros(3, 96, 64).double()]
+    for token, adapter in enumerate(adapters.tolist()):
+        deltas = nothing
+        if adapter >= 0:
+            a, b, c, d = (factor.bfloat16().double() for factor in factors[adapter])
+            deltas = [scaling * b @ a, scaling * d @ c]
+        expected = dense_layer(x[token], logits[token], top_k, weights, deltas)
+        # As without adapters, and A x of both projections is rounded too.
+        assert (got[token].double() - expected).norm() < 1.5 * 2**-8 * expected.norm()
+        base = dense_layer(x[token], logits[token], top_k, weights, nothing)
+        assert adapter < 0 or (base - expected).norm() > 0.1 * expected.norm()
+
+
+def test_a_token_without_an_adapter_is_bit_for_bit_what_it_is_in_a_layer_without_any() -> None:
+    x, logits = random_inputs(5, 2, 64)
+    weights = random_weights(2, 64, 32)
+    adapters = torch.tensor([-1, 0, -1, 0, 0]).int()
+    factors = random_factors(2, 64, 32, 8, seed=1)
+    got = interpreted("moe_probes", "moe_with_adapters", "sm_90", 1, x, logits, adapters, 1.0, *weights, *factors)
+    plain = interpreted("moe_probes", "moe_layer", 1, x, logits, None, *weights)
+    assert torch.equal(got[adapters < 0], plain[adapters < 0])
+    assert (got[adapters >= 0] != plain[adapters >= 0]).any(1).all()
+
+
+def test_the_reference_adds_what_the_kernels_add() -> None:
+    x, logits = random_inputs(7, 2, 640)  # two parts of columns
+    weights = random_weights(2, 640, 32)
+    factors = random_factors(2, 640, 32, 8, seed=1)
+    adapters = torch.tensor([0, -1, 0, 0, 0, -1, 0]).int()
+    got = interpreted("moe_probes", "moe_with_adapters", "sm_90", 1, x, logits, adapters, 1.0, *weights, *factors)
+    linears = [
+        moe.Linear(tiles.pack(*weights[i : i + 2], "mma"), weights[i + 2], low_rank.join([(a, b, 1.0)]))
+        for i, a, b in ((0, *factors[:2]), (3, *factors[2:]))
+    ]
+    expected = moe.moe_ref(x, logits, moe.Layer(*linears, moe.Swiglu(1.702, 7.0), 1), adapters=adapters)
+    # Sums in another order may be rounded to the other of two neighbours, here and there.
+    assert (got.float() - expected.float()).norm() < 2**-9 * expected.float().norm()
+
+
+def test_adapters_without_owners_and_owners_without_adapters_are_refused() -> None:
+    x, logits = random_inputs(2, 3, 64)
+    linear = moe.Linear(tiles.empty(3, 64, 64, "wgmma"), torch.zeros(3, 64))
+    routed = routing.route_ref(logits, 2, 16)
+    with pytest.raises(ValueError, match="needs to know which one each token has"):
+        moe.down(x, linear, routed, torch.zeros(2).int())
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:

@@ -18,8 +18,8 @@ an order of the columns by how their inputs correlate (no gain on the inputs of 
 variance). And what fits the weights to calibration inputs: coordinate descent on the error of the output over 64 to 256
 kept inputs of each expert, its coherent part fed back (5 to 10 rounds). On the built-in model it kept 0.67 to 0.95 of
 the gain at 0.5% where `systematic` kept 0.93 to 1.11, and 0.72 to 0.99 at 20% where that kept 1.00; there it also cost
-other data 0.005 to 0.15 nats, `systematic` 0.001. Where a delta flips few codes of a row, fewer than the dimensions that
-its inputs span, nothing that is unbiased can balance its errors over them.
+other data 0.005 to 0.15 nats, `systematic` 0.001. Where a delta flips fewer codes of a row than its inputs have
+dimensions, nothing that is unbiased can balance its errors over them.
 
 Rules of all three:
 - **scales** are the base's, never computed again. Magnitudes above 6 saturate.

@@ -12,7 +12,8 @@ Legend: M rows, E experts, R joined ranks, N tokens, k chosen per token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptoss_infer.config import ModelConfig
 from gptoss_infer.kernels import tuning
-from gptoss_infer.kernels.cases import Case
-from gptoss_infer.kernels.routing import Routed
+from gptoss_infer.kernels.cases import Case, Check
+from gptoss_infer.kernels.routing import Routed, route
 
 PART = 512
 
@@ -145,3 +147,23 @@ def cases(target: str) -> list[Case]:
         )
         for rank, block_m in ((16, 16), (16, 64), (64, 16), (64, 64))
     ]
+
+
+def checks(config: ModelConfig, device: torch.device, tokens: Sequence[int]) -> Iterator[Check]:
+    """Yield A x for two adapters of rank 8, fp32 sums whose order is another than the reference's."""
+    generator = torch.Generator(device).manual_seed(0)
+    target = tuning.target_of(device)
+    experts, width, top_k = config.num_local_experts, config.hidden_size, config.num_experts_per_tok
+    factor = torch.randn(experts, 8, width, device=device, generator=generator)
+    factors = join([(factor, factor.mT, 1.0)] * 2)
+    for count in tokens:
+        x = torch.randn(count, width, device=device, generator=generator).bfloat16()
+        logits = torch.randn(count, experts, device=device, generator=generator)
+        routed = route(logits, top_k, tuning.block_m(target, count, top_k, experts))
+        adapters = (torch.arange(count, device=device) % 3 - 1).int()
+        yield Check(
+            f"low rank, {count} tokens",
+            [partial(low_products, x, factors, routed, adapters, of_tokens=True)],
+            partial(low_products_ref, x, factors, routed, adapters, of_tokens=True),
+            2**-16,
+        )

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from gptoss_infer import mxfp4
 from gptoss_infer.kernels import tuning
-from gptoss_infer.kernels.cases import Case
-from gptoss_infer.kernels.low_rank import LowRank, low_products, low_products_ref, num_parts
+from gptoss_infer.kernels.low_rank import LowRank, low_products, low_products_ref
 from gptoss_infer.kernels.products import add_low_rank, product
 from gptoss_infer.kernels.routing import Routed, route, route_ref
-from gptoss_infer.kernels.tiles import Tiles, empty, unpack
+from gptoss_infer.kernels.tiles import Tiles, unpack
 
 
 class Linear(NamedTuple):
@@ -219,13 +218,14 @@ def _launch(
         kernel[(num_tiles * triton.cdiv(linear.tiles.out_features, launch.block_n),)](
             x.contiguous(), *linear.tiles[:2], linear.bias, *factors, routed.slots, routed.tiles, out,
             num_tiles, len(routed.slots),
-            **_constants(linear.tiles, launch, routed.block_m, packed=x.is_cuda and torch.version.hip is None),
+            **product_constants(linear.tiles, launch, routed.block_m, packed=x.is_cuda and torch.version.hip is None),
             RANK=0 if low is None else low.shape[2], PARTS=0 if low is None else len(low),
             **constants, **tuning.options(target, launch.num_warps, launch.num_stages),
         )  # fmt: skip
 
 
-def _constants(tiles: Tiles, launch: tuning.Launch, block_m: int, *, packed: bool) -> dict[str, object]:
+def product_constants(tiles: Tiles, launch: tuning.Launch, block_m: int, *, packed: bool) -> dict[str, object]:
+    """Return what `products.product` is specialised for; `packed` if two bf16 are multiplied by one instruction."""
     return {
         "OUT": tiles.out_features,
         "IN": tiles.in_features,
@@ -323,37 +323,3 @@ def combine_kernel(  # type: ignore[no-untyped-def]
         y = tl.load(at, mask=real & (column < WIDTH), other=0.0).to(tl.float32)
         total += y * tl.load(weights + token * K + j)
     tl.store(out + token * WIDTH + column, total.to(tl.bfloat16), mask=column < WIDTH)
-
-
-def cases(target: str) -> list[Case]:
-    """Return the forms that are launched for 20b and 120b, whose experts have the same size."""
-    found = []
-    weights = {"words": "*i32", "scales": "*i32", "bias": "*bf16", "low": "*fp32", "b": "*bf16"}
-    tables = {"slots": "*i32", "tiles": "*i32"}
-    ups = {"x": "*bf16"} | weights | tables | {"hidden": "*bf16"}
-    downs = {"hidden": "*bf16"} | weights | tables | {"results": "*bf16"}
-    forms = [(block_m, 0) for block_m in tuning.TABLES[target]] + [(16, 16), (64, 64)]
-    for block_m, rank in forms:
-        launch = tuning.TABLES[target][block_m]
-        for name, kernel, pointers, out_features, more in (
-            ("up", up_kernel, ups, 5760, {"K": 4, "ALPHA": 1.702, "LIMIT": 7.0}),
-            ("down", down_kernel, downs, 2880, {}),
-        ):
-            tiles = empty(1, out_features, 2880, tuning.ORDERS[target], device="meta")
-            constants = _constants(tiles, launch, block_m, packed=target.startswith("sm"))
-            low_rank = {"RANK": rank, "PARTS": num_parts(2880) if rank else 0}
-            found.append(
-                Case(
-                    f"moe {name} {block_m}" + (f", rank {rank}" if rank else ""),
-                    kernel,
-                    pointers | {"num_tiles": "i32", "num_rows": "i32"},
-                    constants | low_rank | more,
-                    aligned=tuple(pointers),
-                    options=tuning.options(target, launch.num_warps, launch.num_stages),
-                    tensor_cores="wide",
-                    blocks=1 if rank else launch.blocks,
-                )
-            )
-    pointers = {"results": "*bf16", "chosen": "*i32", "weights": "*fp32", "out": "*bf16"}
-    combining = {"WIDTH": 2880, "K": 4, "BLOCK": COMBINE_BLOCK}
-    return [*found, Case("moe combine", combine_kernel, pointers, combining, tuple(pointers), COMBINE_OPTIONS)]

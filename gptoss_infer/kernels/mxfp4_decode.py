@@ -8,13 +8,17 @@ Imported on the first use of a GPU, by `gptoss_infer.kernels`; with TRITON_INTER
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gptoss_infer import mxfp4
-from gptoss_infer.kernels.cases import Case
+from gptoss_infer.config import ModelConfig
+from gptoss_infer.kernels.cases import Case, Check
 
 TILE = 128  # blocks per program: 16 bytes, one load, for each of its 128 threads
 # Fusing would change nothing in two lone multiplications; said because Triton's default depends on its version.
@@ -92,3 +96,19 @@ def cases(target: str) -> list[Case]:
         )
         for dtype, bits in (("bf16", 32), ("fp32", 64))
     ]
+
+
+def checks(config: ModelConfig, device: torch.device, tokens: Sequence[int]) -> Iterator[Check]:
+    """Yield the decoding of eight experts' gate_up_proj, as training does it at a time."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (8, 2 * config.intermediate_size, config.hidden_size // mxfp4.BLOCK)
+    blocks = torch.empty(*shape, 16, dtype=torch.uint8, device=device).random_(generator=generator)
+    scales = torch.empty(shape, dtype=torch.uint8, device=device).random_(0, 253, generator=generator)  # finite
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Check(
+            f"mxfp4_decode {str(dtype).removeprefix('torch.')}",
+            [partial(decode, blocks, scales, dtype)],
+            partial(mxfp4.decode, blocks, scales, dtype),
+            0,
+            moved_bytes=blocks.nbytes * (1 + 2 * dtype.itemsize) + scales.nbytes,
+        )

@@ -13,6 +13,8 @@ Legend: N tokens, k chosen per token, M = N k slots, slot n k + j being token n'
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptoss_infer.kernels.cases import Case
+from gptoss_infer.config import ModelConfig
+from gptoss_infer.kernels.cases import Case, Check
 
 ONE_BLOCK = 64  # tokens that one program routes alone
 BLOCK = 32  # tokens of a program if there are more
@@ -330,3 +333,25 @@ def cases(target: str) -> list[Case]:
             ),
         ]
     return found
+
+
+def checks(config: ModelConfig, device: torch.device, tokens: Sequence[int]) -> Iterator[Check]:
+    """Yield everything that is an integer, and must be equal; weights show in the results of the experts."""
+    generator = torch.Generator(device).manual_seed(0)
+    top_k = config.num_experts_per_tok
+
+    for count in tokens:
+        for what, real in (("", None), (", a third not real", torch.arange(count, device=device) % 3 != 1)):
+            logits = torch.randn(count, config.num_local_experts, device=device, generator=generator).bfloat16()
+            yield Check(
+                f"route {count} tokens{what}",
+                [partial(route, logits, top_k, 16, real)],
+                partial(route_ref, logits, top_k, 16, real),
+                0,
+                compared=_integers,
+            )
+
+
+def _integers(routed: Routed) -> Tensor:
+    tiles = routed.tiles.where(routed.tiles[0] >= 0, -1)
+    return torch.cat([routed.chosen.flatten(), routed.slots, tiles.flatten()])

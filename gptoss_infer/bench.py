@@ -7,6 +7,7 @@ bad moments and no good ones. Shares are of what `gptoss_infer.roofline` measure
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from gptoss_infer.errors import UsageError
 from gptoss_infer.experts import ExpertLinear
 from gptoss_infer.loading import load, pick_device, show_progress
 from gptoss_infer.model import GptOss, RMSNorm
+from gptoss_infer.tiled import tile_experts
 
 SHAPES = ("20b", "120b")
 SCALES = (118, 122)  # bytes of random MXFP4 scales: weights of about 0.01 to 0.1
@@ -39,6 +41,8 @@ def bench(model: GptOss, cases: Sequence[Case], rounds: int = 3) -> Iterator[dic
     """Yield one line of results per case."""
     dtype = model.lm_head.weight.dtype
     peak = roofline.measure_peak(model.device, dtype)
+    if model.device.type == "cuda":
+        print(tile_experts(model), file=sys.stderr)
     for case in cases:
         tokens = case.batch * (case.prompt + case.new + 64)
         engine = Engine(model, max_batch=case.batch, cache_tokens=tokens)

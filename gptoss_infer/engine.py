@@ -13,6 +13,7 @@ weights between samples, which is what batching is for; use it to find out what 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -30,6 +31,7 @@ from gptoss_infer.model import GptOss
 from gptoss_infer.pages import Kind, PagedCache, Step
 from gptoss_infer.sampling import Draws, sample
 from gptoss_infer.scheduler import Chunk, Limits, Pool, Scheduler
+from gptoss_infer.tiled import tile_experts
 
 FinishReason = Literal["stop", "length", "cancelled"]
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}  # scores of attention and products of experts grow with it
@@ -172,6 +174,8 @@ class Engine:
             from gptoss_infer.lora import load_adapter  # brings peft
 
             load_adapter(model, adapter)
+        if model.device.type == "cuda":
+            print(tile_experts(model), file=sys.stderr)
         return cls(model, max_batch=max_batch, deterministic=deterministic)
 
     def generate(

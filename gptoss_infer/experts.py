@@ -46,11 +46,14 @@ class ExpertLinear(nn.Module):
             self.register_buffer("scales", torch.zeros(num_experts, out_features, groups, dtype=torch.uint8))
         else:
             self.weight = nn.Parameter(torch.zeros(num_experts, in_features, out_features))
-        self.format = experts
+        self.format: ExpertFormat | Literal["tiled"] = (
+            experts  # tiled: for inference on a GPU, see `gptoss_infer.tiled`
+        )
         self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
 
     def projection(self) -> Projection:
         """Return the tensors that `Experts` works with."""
+        assert self.format != "tiled", "the experts were put into tiles for inference on a GPU: load the model again"
         if self.format == "mxfp4":
             return Projection(self.blocks, self.scales, self.bias)
         return Projection(self.weight, None, self.bias)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Literal, Protocol
 
@@ -145,10 +146,15 @@ class MoE(nn.Module):
         self.experts = Experts(
             config.num_local_experts, config.hidden_size, config.intermediate_size, activation, experts
         )
+        # What inference on a GPU runs instead, from x (N, C) and the router's logits: `gptoss_infer.tiled`.
+        self.tiled: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         flat = x.flatten(0, 1)  # (N, C)
+        if self.tiled is not None:
+            assert context.watch is None, "experts in tiles show nothing: load the model again"
+            return self.tiled(flat, self.router(flat)).view_as(x)
         logits, chosen = self.router(flat).topk(self.top_k, dim=-1)  # (N, k), sorted
         weights = logits.softmax(-1, dtype=torch.promote_types(torch.float32, logits.dtype)).to(x.dtype)
         routing = Routing.of(chosen, self.num_experts)

@@ -10,12 +10,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gptoss_infer import mxfp4
 
+if TYPE_CHECKING:
+    from gptoss_infer.kernels import moe
+
+MAX_TILED_SCALE = 128  # larger scale bytes have no place in tiles; it means weights of up to 12
 _LOG = logging.getLogger(__name__)
 
 
@@ -31,6 +36,36 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
 
         return mxfp4_decode.decode(blocks, scales, dtype)
     return mxfp4.decode(blocks, scales, dtype)
+
+
+def tile(
+    blocks: Tensor, scales: Tensor, bias: Tensor, factors: tuple[Tensor, Tensor, float] | None = None
+) -> moe.Linear:
+    """Return a projection of all experts of a layer as `run_tiled` takes it; needs a GPU's Triton.
+
+    Args:
+        blocks, scales: MXFP4, uint8 (E, out, G, 16) and (E, out, G). bias: (E, out).
+        factors: A (E, r, in), B (E, out, r) and scaling of an adapter that stays unmerged.
+    Raises: ValueError for a scale byte above `MAX_TILED_SCALE`.
+    """
+    from gptoss_infer.kernels import low_rank, moe, tiles, tuning
+
+    packed = tiles.pack(blocks, scales, tuning.ORDERS[tuning.target_of(blocks.device)])
+    return moe.Linear(packed, bias, None if factors is None else low_rank.join([factors]))
+
+
+def run_tiled(
+    x: Tensor, logits: Tensor, gate_up: moe.Linear, down: moe.Linear, *, activation: tuple[float, float], top_k: int
+) -> Tensor:
+    """Return the weighted sum of each token's experts from x bf16 (N, C) and router logits (N, E); no gradients.
+
+    activation: alpha and limit of the clamped SwiGLU. An adapter, if there is one, is every token's.
+    """
+    from gptoss_infer.kernels import moe
+
+    adapted = gate_up.low_rank is not None or down.low_rank is not None
+    adapters = x.new_zeros(len(x), dtype=torch.int32) if adapted else None
+    return moe.moe(x, logits, moe.Layer(gate_up, down, moe.Swiglu(*activation), top_k), adapters=adapters)
 
 
 @functools.cache

@@ -71,7 +71,7 @@ def moe(
     Args:
         x: bf16 (N, C). logits: (N, E), the router's.
         real: bool (N,), False for slots of a batch that hold no token; their result is 0.
-        adapters: int32 (N,), each token's adapter, -1 for none; needed by, and only for, layers with `low_rank`.
+        adapters: int32 (N,), each token's adapter, -1 for none; needed where there is `low_rank`.
     Raises: ValueError if `x` is not bf16 or shapes disagree.
     """
     num_tokens, num_experts = logits.shape
@@ -188,10 +188,10 @@ def _low(
     of_tokens: bool,
 ) -> Tensor | None:
     """Return what `function` makes of the adapters' A, if there are any."""
-    if (linear.low_rank is None) != (adapters is None):
-        raise ValueError("a layer with adapters needs to know which one each token has, one without must not be told")
-    if linear.low_rank is None or adapters is None:
+    if linear.low_rank is None:
         return None
+    if adapters is None:
+        raise ValueError("a projection with adapters needs to know which one each token has: pass `adapters`")
     return function(x, linear.low_rank, routed, adapters, of_tokens=of_tokens)
 
 

@@ -39,10 +39,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptoss_infer import mxfp4
+from gptoss_infer.kernels import MAX_TILED_SCALE
 
 ROWS, COLUMNS, WORDS = 64, 64, 512  # of a tile
-EXPONENT = 126  # what a scale byte has more than in MXFP4
-MAX_SCALE = 254 - EXPONENT
+EXPONENT = 126  # what a scale byte has more than in MXFP4, so that bf16 exponents end at scale byte 128
 Order = Literal["wgmma", "mma", "mfma"]
 _PAIR_BITS = 0x81C081C0
 
@@ -111,10 +111,10 @@ def unpack(tiles: Tiles) -> tuple[Tensor, Tensor]:
 
 def _pack_expert(blocks: Tensor, scales: Tensor, expert: int, tiles: Tiles) -> None:
     """Fill in one expert from (out, G, 16) and (out, G)."""
-    if scales.numel() and (largest := int(scales.max())) > MAX_SCALE:
+    if scales.numel() and (largest := int(scales.max())) > MAX_TILED_SCALE:
         raise ValueError(
             f"expert {expert} has scale byte {largest}, weights of up to {6 * 2.0 ** (largest - 127):.3g}; tiles hold "
-            f"scale bytes up to {MAX_SCALE}: run this layer from its MXFP4 blocks"
+            f"scale bytes up to {MAX_TILED_SCALE}: run this layer from its MXFP4 blocks"
         )
     words, packed = tiles.words[expert], tiles.scales[expert]
     rows, columns = words.shape[:2]

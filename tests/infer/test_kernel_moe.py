@@ -260,12 +260,12 @@ def test_the_reference_adds_what_the_kernels_add() -> None:
     assert (got.float() - expected.float()).norm() < 2**-9 * expected.float().norm()
 
 
-def test_adapters_without_owners_and_owners_without_adapters_are_refused() -> None:
+def test_a_projection_with_adapters_is_not_run_without_knowing_whose_a_token_is() -> None:
     x, logits = random_inputs(2, 3, 64)
-    linear = moe.Linear(tiles.empty(3, 64, 64, "wgmma"), torch.zeros(3, 64))
-    routed = routing.route_ref(logits, 2, 16)
-    with pytest.raises(ValueError, match="needs to know which one each token has"):
-        moe.down(x, linear, routed, torch.zeros(2).int())
+    factors = low_rank.join([(torch.zeros(3, 4, 64), torch.zeros(3, 64, 4), 1.0)])
+    linear = moe.Linear(tiles.empty(3, 64, 64, "wgmma"), torch.zeros(3, 64), factors)
+    with pytest.raises(ValueError, match="which one each token has: pass `adapters`"):
+        moe.down(x, linear, routing.route_ref(logits, 2, 16))
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:

@@ -10,13 +10,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gptoss_infer import harmony, mxfp4
+    from gptoss_infer import constraints, harmony, mxfp4
     from gptoss_infer.checkpoint import Checkpoint
     from gptoss_infer.config import ModelConfig
     from gptoss_infer.engine import Completion, Engine, SamplingParams
     from gptoss_infer.loading import load
 
-__all__ = ["Checkpoint", "Completion", "Engine", "ModelConfig", "SamplingParams", "harmony", "load", "mxfp4"]
+__all__ = [
+    "Checkpoint",
+    "Completion",
+    "Engine",
+    "ModelConfig",
+    "SamplingParams",
+    "constraints",
+    "harmony",
+    "load",
+    "mxfp4",
+]
 
 _MODULES = {
     "Checkpoint": "checkpoint",
@@ -32,6 +42,6 @@ def __getattr__(name: str) -> object:
     """Import the module behind a public name when it is first used."""
     if name not in __all__:
         raise AttributeError(f"module 'gptoss_infer' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    if name in ("harmony", "mxfp4"):
+    if name in ("constraints", "harmony", "mxfp4"):
         return importlib.import_module(f"gptoss_infer.{name}")
     return getattr(importlib.import_module(f"gptoss_infer.{_MODULES[name]}"), name)

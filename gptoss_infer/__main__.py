@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -84,6 +84,10 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
     generate.add_argument("--top-p", type=float, default=1.0, help="nucleus (1.0)")
     generate.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next seed (0)")
     generate.add_argument("--n", type=int, default=1, help="number of samples (1)")
+    generate.add_argument(
+        "--json-schema", metavar="FILE", type=Path,
+        help="the final message is JSON of this schema, which the model is told; analysis stays free",
+    )  # fmt: skip
     generate.add_argument("--adapter", metavar="DIR", help="PEFT adapter over the checkpoint")
     generate.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one"
@@ -200,8 +204,13 @@ def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], Sampli
         )
 
     from gptoss_infer import harmony
+    from gptoss_infer.constraints import Constraint, compiled, json_schema
     from gptoss_infer.engine import SamplingParams
 
+    schema = None if arguments.json_schema is None else json_schema(_read_json(arguments.json_schema))
+    constraint = None if schema is None else Constraint(schema)
+    if constraint is not None:
+        compiled(constraint)  # refuses what cannot be enforced
     params = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
@@ -209,6 +218,7 @@ def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], Sampli
         seed=arguments.seed,
         n=arguments.n,
         logprobs=arguments.logprobs,
+        constraint=constraint,
     )
     messages = [{"role": "user", "content": arguments.prompt}]
     if arguments.system is not None:
@@ -216,7 +226,15 @@ def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], Sampli
     conversation = harmony.conversation_from_chat(
         {"messages": messages}, date=arguments.date, reasoning_effort=arguments.effort
     )
-    return harmony.render(conversation, completion=True).token_ids, params
+    told = None if schema is None else harmony.ResponseFormat(schema.text)
+    return harmony.render(replace(conversation, response_format=told), completion=True).token_ids, params
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON: {error}") from error
 
 
 def _print_sample(completion: Completion, arguments: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ def examine() -> list[Check]:
         *_guarded("device", _devices),
         *_guarded("kernels", _kernels),
         *_guarded("vocabulary", _vocabulary),
+        _constraints(),
         *(_disk(name, folder) for name, folder in (("disk here", Path.cwd()), ("disk cache", _hub_cache()))),
     ]
 
@@ -142,6 +143,14 @@ def _vocabulary() -> list[Check]:
     except MachineError as error:
         return [Check("vocabulary", "missing", str(error), cure)]
     return [Check("vocabulary", "ok", str(folder))]
+
+
+def _constraints() -> Check:
+    try:
+        return Check("constraints", "ok", f"llguidance {importlib.metadata.version('llguidance')}")
+    except importlib.metadata.PackageNotFoundError:
+        finding = "llguidance is not installed: no JSON schema or grammar can be enforced"
+        return Check("constraints", "note", finding, "pip install 'gptoss[structured]'")
 
 
 def _hub_cache() -> Path:

@@ -24,8 +24,10 @@ from torch import Tensor
 from gptoss_infer import scheduler
 from gptoss_infer.checkpoint import Checkpoint, resolve
 from gptoss_infer.config import ModelConfig
+from gptoss_infer.constraints import Constraint, Follower, allowed_tokens, follow
 from gptoss_infer.errors import UsageError
 from gptoss_infer.harmony import STOP_TOKENS
+from gptoss_infer.harmony.vocabulary import VOCABULARY_SIZE
 from gptoss_infer.loading import load, pick_device, show_progress
 from gptoss_infer.model import GptOss
 from gptoss_infer.pages import Kind, PagedCache, Step
@@ -67,6 +69,7 @@ class SamplingParams:
     n: int = 1
     logprobs: bool = False  # of the raw distribution: before temperature and top_p
     stop_token_ids: tuple[int, ...] = STOP_TOKENS
+    constraint: Constraint | None = None  # what the turn may hold, such as JSON of a schema
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -76,6 +79,8 @@ class SamplingParams:
             raise UsageError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
         if not (self.top_k >= 0 and 0 <= self.min_p <= 1):
             raise UsageError(f"top_k {self.top_k} must be >= 0 and min_p {self.min_p} in [0, 1]")
+        if self.constraint is not None and not set(STOP_TOKENS) <= set(self.stop_token_ids):
+            raise UsageError(f"stop_token_ids {self.stop_token_ids} must hold {STOP_TOKENS} if there is a constraint")
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ class Sample(scheduler.Sequence):
     params: SamplingParams = SamplingParams()
     prompt_index: int = 0
     sample_index: int = 0
+    follower: Follower | None = None  # of its tokens, if they are constrained
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -254,13 +260,17 @@ class Engine:
     def _extend(self, samples: list[Sample], logits: Tensor) -> None:
         """Draw the next token of each sample from fp32 logits (B, V), and say whether it was the last."""
         wanted = any(one.params.logprobs for one in samples)
-        tokens, logprobs = sample(logits, _draws(samples, logits.device), logprobs=wanted)
+        allowed = allowed_tokens([one.follower for one in samples])  # while a GPU computes the logits
+        allowed = None if allowed is None else allowed.to(logits.device)
+        tokens, logprobs = sample(logits, _draws(samples, logits.device), allowed, logprobs=wanted)
         values = [0.0] * len(samples) if logprobs is None else logprobs.tolist()
         for one, token, logprob in zip(samples, tokens.tolist(), values, strict=True):
             one.tokens.append(token)
             if one.params.logprobs:
                 one.logprobs.append(logprob)
-            if token in one.params.stop_token_ids:
+            if one.follower is not None and not one.follower.accept(token):
+                one.finish_reason = "cancelled"  # its grammar led nowhere; a warning said so
+            elif token in one.params.stop_token_ids:
                 one.finish_reason = "stop"
             elif len(one.tokens) == one.max_tokens:
                 one.finish_reason = "length"
@@ -285,6 +295,11 @@ class Engine:
                 raise UsageError(
                     f"prompt {index} has {len(prompt)} tokens; the context holds {config.max_position_embeddings}"
                 )
+            if each[index].constraint is not None and config.vocab_size != VOCABULARY_SIZE:
+                raise UsageError(
+                    f"prompt {index} has a constraint, which needs harmony's vocabulary of {VOCABULARY_SIZE} tokens; "
+                    f"this checkpoint has {config.vocab_size}"
+                )
         return [
             Sample(
                 tokens=list(prompt),
@@ -293,6 +308,7 @@ class Engine:
                 params=p,
                 prompt_index=index,
                 sample_index=number,
+                follower=None if p.constraint is None else follow(p.constraint, prompt, f"prompt {index}"),
             )
             for index, (prompt, p) in enumerate(zip(prompts, each, strict=True))
             for number in range(p.n)

@@ -9,7 +9,7 @@ the engine's callers and the evaluations. The engine itself never sees text.
 """
 
 from gptoss_infer.harmony.chat import conversation_from_chat
-from gptoss_infer.harmony.conversation import Conversation, Message, ReasoningEffort, Tool
+from gptoss_infer.harmony.conversation import Conversation, Message, ReasoningEffort, ResponseFormat, Tool
 from gptoss_infer.harmony.parse import DEFECTS, Parsed, ToolCall, parse
 from gptoss_infer.harmony.render import Rendered, render, training_samples
 from gptoss_infer.harmony.vocabulary import (
@@ -42,6 +42,7 @@ __all__ = [
     "Parsed",
     "ReasoningEffort",
     "Rendered",
+    "ResponseFormat",
     "Tool",
     "ToolCall",
     "conversation_from_chat",

@@ -50,11 +50,23 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """What the final message is to be, as the model is told; `gptoss_infer.constraints` can hold it to that.
+
+    `schema` is the text of a JSON schema.
+    """
+
+    schema: str
+    name: str = "answer"
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """User, assistant and tool messages in order; the system and developer messages are made from the other fields.
 
     `instructions` is the user's system prompt, which harmony puts into the developer message. `date` is YYYY-MM-DD;
-    None leaves the date line out.
+    None leaves the date line out. `response_format` is told at the end of the developer message.
     """
 
     messages: tuple[Message, ...]
@@ -62,3 +74,4 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
     reasoning_effort: ReasoningEffort = "medium"
     date: str | None = None
+    response_format: ResponseFormat | None = None

@@ -19,10 +19,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gptoss_infer.errors import DataError
-from gptoss_infer.harmony.conversation import FUNCTIONS, JSON_CONTENT, Conversation, Message
-from gptoss_infer.harmony.vocabulary import CALL, CHANNEL, CONSTRAIN, MESSAGE, RETURN, START, encode, encoding
+from gptoss_infer.harmony.conversation import FUNCTIONS, JSON_CONTENT, Conversation, Message, ResponseFormat
+from gptoss_infer.harmony.vocabulary import (
+    CALL,
+    CHANNEL,
+    CONSTRAIN,
+    END,
+    MESSAGE,
+    RETURN,
+    START,
+    decode,
+    encode,
+    encoding,
+)
+
+if TYPE_CHECKING:
+    import openai_harmony as oh
 
 _CONSTRAIN_TEXT = JSON_CONTENT.removesuffix("json")
 
@@ -135,7 +150,7 @@ def _kind(message: Message) -> str:
 
 
 def _preface(conversation: Conversation) -> list[int]:
-    """The system message, and the developer message if there are instructions or tools."""
+    """The system message, and the developer message if there are instructions, tools or a response format."""
     import openai_harmony as oh
 
     system = oh.SystemContent(
@@ -144,8 +159,16 @@ def _preface(conversation: Conversation) -> list[int]:
     )
     options = oh.RenderOptions(conversation_has_function_tools=bool(conversation.tools))
     tokens = encoding().render(oh.Message.from_role_and_content(oh.Role.SYSTEM, system), options)
+    told = _developer(conversation, options)
+    return tokens + (told if conversation.response_format is None else _add_format(told, conversation.response_format))
+
+
+def _developer(conversation: Conversation, options: oh.RenderOptions) -> list[int]:
+    """The developer message as openai-harmony renders it; empty if there is nothing to tell."""
+    import openai_harmony as oh
+
     if conversation.instructions is None and not conversation.tools:
-        return tokens
+        return []
     developer = oh.DeveloperContent(instructions=conversation.instructions)
     if conversation.tools:
         developer = developer.with_function_tools(
@@ -158,7 +181,19 @@ def _preface(conversation: Conversation) -> list[int]:
                 for tool in conversation.tools
             ]
         )
-    return tokens + encoding().render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, developer), options)
+    return encoding().render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, developer), options)
+
+
+def _add_format(developer: Sequence[int], told: ResponseFormat) -> list[int]:
+    """The developer message with a response format at its end, which openai-harmony cannot render.
+
+    Encoded anew as a whole, as tokens may span the end of what was there. Source: openai/harmony, docs/format.md.
+    """
+    header = [START, *encode("developer"), MESSAGE]
+    before = decode(developer[len(header) : -1])
+    comment = "".join(f"// {line}\n" for line in told.description.splitlines())
+    section = f"# Response Formats\n\n## {told.name}\n\n{comment}{told.schema}"
+    return [*header, *encode(f"{before}\n\n{section}" if before else section), END]
 
 
 def _encode_message(message: Message) -> list[int]:

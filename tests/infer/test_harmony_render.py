@@ -21,6 +21,7 @@ from gptoss_infer.harmony import (
     Conversation,
     Message,
     Rendered,
+    ResponseFormat,
     conversation_from_chat,
     decode,
     encode,
@@ -110,6 +111,30 @@ def test_without_calls_the_tokens_are_those_of_openai_harmony(
     assert rendered.token_ids == prompt
     assert not any(rendered.loss_mask)
     assert rendered.channels == [None] * len(prompt)
+
+
+FORMAT = ResponseFormat('{"type":"object"}', "shopping_list", "What to buy.\nIn order.")
+TOLD = '# Response Formats\n\n## shopping_list\n\n// What to buy.\n// In order.\n{"type":"object"}'
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(instructions=TEXT.filter(str.strip))
+def test_a_response_format_follows_the_instructions_as_if_it_were_written_there(instructions: str) -> None:
+    asked = Conversation((Message("user", "Buy"),), instructions)
+    written = dataclasses.replace(asked, instructions=f"{instructions}\n\n{TOLD}")
+    told = dataclasses.replace(asked, response_format=FORMAT)
+    assert render(told, completion=True) == render(written, completion=True)
+
+
+@pytest.mark.parametrize("tools", [[], [SEARCH]], ids=["alone", "behind tools"])
+def test_a_response_format_ends_the_developer_message(tools: list[dict[str, Any]]) -> None:
+    record = {"messages": [{"role": "user", "content": "Buy"}], "tools": tools}
+    asked = conversation_from_chat(record, date=None)
+    plain = decode(render(asked, completion=True).token_ids)
+    told = decode(render(dataclasses.replace(asked, response_format=FORMAT), completion=True).token_ids)
+    user = "<|end|><|start|>user<|message|>Buy<|end|><|start|>assistant"
+    before = "\n\n" if tools else "<|end|><|start|>developer<|message|>"
+    assert told == plain.removesuffix(user) + before + TOLD + user
 
 
 def arguments() -> st.SearchStrategy[object]:

@@ -20,6 +20,12 @@ FILE = "o200k_base.tiktoken"
 SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 
 
+def test_the_bytes_of_every_ordinary_token_are_those_that_openai_harmony_decodes_it_to() -> None:
+    # Bytes that are no UTF-8 come as half surrogates, and go back the same way.
+    texts = [vocabulary.encoding().decode([i], errors="surrogateescape") for i in range(vocabulary.FIRST_SPECIAL)]
+    assert vocabulary.byte_sequences() == [text.encode(errors="surrogateescape") for text in texts]
+
+
 @pytest.fixture
 def no_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Empty caches, no variable, and bpe-openai not importable; returns where our cache would be."""

@@ -34,6 +34,7 @@ LAYERS = {name: FORMATS for name in FORMATS} | {
     "model": FORMATS | {"attention", "experts", "model"},
     "cache": FORMATS,
     "sampling": set(),
+    "constraints": FORMATS,
     "adapter": FORMATS | {"adapter"},
     "loading": FORMATS | {"kernels", "model"},
     "lora": FORMATS | {"adapter", "experts", "model"},

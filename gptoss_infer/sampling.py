@@ -72,7 +72,7 @@ def sample(
     Raises: ValueError if shapes disagree.
     """
     check(logits, draws, allowed)
-    mask = None if allowed is None else _unpacked(allowed)
+    mask = None if allowed is None else _packed(allowed)
     greedy = draws.temperature == 0
     scale = LOG2_E / draws.temperature.where(~greedy, 1.0)  # (B,), bits per unit of logit
     tops, sums, normalizers = _statistics(logits, mask, draws.temperature.tolist(), logprobs=logprobs)
@@ -113,12 +113,16 @@ def check(logits: Tensor, draws: Draws, allowed: Tensor | None) -> None:
         )
 
 
-def _unpacked(allowed: Tensor) -> Tensor:
-    """Bits of int32 (n, words) -> bool (n, G, 64), False behind the last word."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=allowed.device)
-    bits = allowed.contiguous().view(torch.uint8)[:, :, None] >> shifts & 1  # (n, 4 words, 8); bytes go by lowest first
-    bits = bits.view(torch.bool).flatten(1)
-    return torch.nn.functional.pad(bits, (0, -bits.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+def _packed(allowed: Tensor) -> Tensor:
+    """Words of int32 (n, words) -> int64 (n, G), a block of ids each: -1 allows all of it, 0 none."""
+    return torch.nn.functional.pad(allowed, (0, allowed.shape[1] % 2)).contiguous().view(torch.int64)
+
+
+def _bits(blocks: Tensor) -> Tensor:
+    """Unpack int64 (g,) to bool (g, 64)."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    bits = blocks.contiguous().view(torch.uint8).view(-1, 8)[:, :, None] >> shifts & 1  # bytes go by lowest first
+    return bits.view(torch.bool).flatten(1)
 
 
 def _statistics(
@@ -126,14 +130,13 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return each block's largest allowed logit, its sum of powers relative to that, and the rows' normalizers.
 
-    Row by row, so that a row stays in the cache from one step to the next.
+    Row by row, so that a row stays in the cache from one step to the next. A mask costs only where it cuts a block.
     Returns: fp32 (B, G); fp32 (B, G), anything for greedy rows; fp32 (B,), in nats and over all ids, or None.
     """
     num_rows, vocabulary = logits.shape
     tops = logits.new_empty(num_rows, -(-vocabulary // BLOCK), dtype=torch.float32)
     sums = torch.ones_like(tops)
     normalizers = logits.new_empty(num_rows, dtype=torch.float32) if logprobs else None
-    masked = [] if mask is None else [(~m.all(-1)).nonzero().flatten() for m in mask]  # blocks with something forbidden
     for row, temperature in enumerate(temperatures):
         values = _blocks(logits, None, row)  # (G, 64)
         torch.amax(values, -1, out=tops[row])
@@ -141,14 +144,16 @@ def _statistics(
             sums[row] = _sums(values, tops[row], LOG2_E)
             best = tops[row].amax()
             normalizers[row] = best + (sums[row] * ((tops[row] - best) * LOG2_E).exp2()).sum().log()
-        if mask is not None:
-            some = masked[row % len(mask)]
-            values = values[some].where(mask[row % len(mask), some], -torch.inf)
-            tops[row, some] = values.amax(-1)
-            if normalizers is not None and temperature == 1:
-                sums[row, some] = _sums(values, tops[row, some], LOG2_E)
         if temperature != 0 and (normalizers is None or temperature != 1):
-            sums[row] = _sums(_blocks(logits, mask, row), tops[row], LOG2_E / temperature)
+            sums[row] = _sums(values, tops[row], LOG2_E / temperature)
+        if mask is not None:
+            blocks = mask[row % len(mask)]
+            tops[row, blocks == 0], sums[row, blocks == 0] = -torch.inf, 0.0
+            cut = ((blocks != 0) & (blocks != -1)).nonzero().flatten()
+            values = values[cut].where(_bits(blocks[cut]), -torch.inf)
+            tops[row, cut] = values.amax(-1)
+            if temperature != 0:
+                sums[row, cut] = _sums(values, tops[row, cut], LOG2_E / temperature)
     return tops, sums, normalizers
 
 
@@ -157,7 +162,7 @@ def _blocks(logits: Tensor, mask: Tensor | None, row: int) -> Tensor:
     values = logits[row].float()
     short = -len(values) % BLOCK
     values = (torch.nn.functional.pad(values, (0, short), value=-torch.inf) if short else values).view(-1, BLOCK)
-    return values if mask is None else values.where(mask[row % len(mask)], -torch.inf)
+    return values if mask is None else values.where(_bits(mask[row % len(mask)]), -torch.inf)
 
 
 def _sums(values: Tensor, tops: Tensor, scale: float) -> Tensor:
@@ -171,7 +176,7 @@ def _take(logits: Tensor, mask: Tensor | None, ids: Tensor) -> Tensor:
     inside = ids < logits.shape[1]
     ids = ids.where(inside, 0)
     if mask is not None:
-        inside = inside & mask.flatten(1).expand(len(logits), -1).gather(1, ids)
+        inside = inside & (mask.expand(len(logits), -1).gather(1, ids // BLOCK) >> ids % BLOCK & 1).bool()
     return logits.gather(1, ids).float().masked_fill(~inside, -torch.inf)
 
 

@@ -204,13 +204,13 @@ def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], Sampli
         )
 
     from gptoss_infer import harmony
-    from gptoss_infer.constraints import Constraint, compiled, json_schema
+    from gptoss_infer.constraints import Constraint, json_schema, prepare
     from gptoss_infer.engine import SamplingParams
 
     schema = None if arguments.json_schema is None else json_schema(_read_json(arguments.json_schema))
     constraint = None if schema is None else Constraint(schema)
     if constraint is not None:
-        compiled(constraint)  # refuses what cannot be enforced
+        prepare(constraint)  # refuses what cannot be enforced
     params = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,

@@ -125,11 +125,11 @@ class Constraint:
 class Follower:
     """Where one sample is in its turn."""
 
-    def __init__(self, compiled: _Compiled) -> None:
-        self._compiled = compiled
+    def __init__(self, matchers: _Matchers) -> None:
+        self._matchers = matchers
         self._header: list[int] = []  # behind its <|start|>
         self._closer: int | None = None  # what ends the content; None in a header
-        self._matcher: LLMatcher | None = compiled.header.deep_copy()  # None for free content
+        self._matcher: LLMatcher | None = matchers.header.deep_copy()  # None for free content
         self.ended = False
 
     def accept(self, token: int) -> bool:
@@ -140,7 +140,7 @@ class Follower:
         elif token == self._closer:
             allowed = self._matcher is None or self._matcher.is_accepting()
             self.ended = token != END
-            self._closer, self._matcher, self._header = None, self._compiled.header.deep_copy(), []
+            self._closer, self._matcher, self._header = None, self._matchers.header.deep_copy(), []
         else:
             allowed = token < FIRST_SPECIAL and (self._matcher is None or self._matcher.consume_token(token))
         return allowed
@@ -152,9 +152,9 @@ class Follower:
             header = read_header(self._header, 0, "start")
             content = None
             if header.recipient is not None:
-                self._closer, content = CALL, self._compiled.contents[header.recipient]
+                self._closer, content = CALL, self._matchers.contents[header.recipient]
             elif header.channel == "final":
-                self._closer, content = RETURN, self._compiled.contents[None]
+                self._closer, content = RETURN, self._matchers.contents[None]
             else:
                 self._closer = END
             self._matcher = None if content is None else content.deep_copy()
@@ -187,7 +187,7 @@ def follow(constraint: Constraint, prompt: Sequence[int], where: str = "the prom
     Raises: UsageError if the constraint cannot be enforced, or if the prompt ends in what it does not allow;
         MachineError without llguidance or the vocabulary.
     """
-    follower = Follower(compiled(constraint))
+    follower = Follower(prepare(constraint))
     if START not in prompt:
         raise UsageError(f"{where} holds no <|start|>, so there is no message to constrain; end it with a header")
     begin = len(prompt) - 1 - list(reversed(prompt)).index(START)
@@ -229,7 +229,7 @@ def _forbid_special(row: np.ndarray) -> None:
     row[word + 1 :] = 0
 
 
-class _Compiled(NamedTuple):
+class _Matchers(NamedTuple):
     """What the samples of a constraint share: matchers at their beginning, to be copied."""
 
     header: LLMatcher  # of <|start|> to <|message|>
@@ -237,13 +237,13 @@ class _Compiled(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(constraint: Constraint) -> _Compiled:
-    """Return the matchers of a constraint. Raises as `follow` does; call it to check one before loading a model."""
+def prepare(constraint: Constraint) -> _Matchers:
+    """Build what a constraint's samples share. Raises as `follow` does; commands call it before they load a model."""
     final = constraint.final if isinstance(constraint.final, Grammar) else None
     contents: dict[str | None, LLMatcher | None] = {None: _content(final, "the final message")}
     for call in constraint.calls:
         contents[call.recipient] = _content(call.arguments, f"arguments of {call.recipient}")
-    return _Compiled(_header(constraint), contents)
+    return _Matchers(_header(constraint), contents)
 
 
 def _header(constraint: Constraint) -> LLMatcher:
@@ -377,7 +377,7 @@ class _Words:
 
 @functools.cache
 def _tokenizer() -> LLTokenizer:
-    """Build llguidance's index of the vocabulary: once in a process, about 2 s and 60 MB."""
+    """Build llguidance's index of the vocabulary: once in a process, about 1 s and 95 MB."""
     llguidance = _llguidance()
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words()), n_vocab=VOCABULARY_SIZE)
 

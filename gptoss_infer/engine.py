@@ -189,8 +189,9 @@ class Engine:
     ) -> Iterator[Completion]:
         """Yield the completions of all prompts, in prompt order, n each.
 
-        Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary, leaves no room in the context
-            or could outgrow the cache.
+        Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary, leaves no room in the context,
+            could outgrow the cache or ends in what its constraint does not allow, and for a constraint that cannot be
+            enforced; MachineError for one without llguidance.
         """
         samples = self.add(prompts, params)
         try:

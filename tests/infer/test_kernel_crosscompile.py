@@ -10,16 +10,6 @@ pytest.importorskip("triton", reason="Triton is not installed here (it comes wit
 from gptoss_infer.kernels import crosscompile, mxfp4_decode  # need triton
 from gptoss_infer.kernels.cases import TARGETS, Case, cases
 
-EVERY = [pytest.param(case, target, id=f"{case.name}-{target}") for target in TARGETS for case in cases(target)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("case", "target"), EVERY)
-def test_every_kernel_compiles_for_every_gpu_and_is_fit_for_it(case: Case, target: str) -> None:
-    used = crosscompile.compile_case(case, target)
-    assert used.complaints(case, target) == []
-    assert used.registers > 0
-
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_decode_kernel_compiles_for_every_gpu_and_is_fit_for_it(target: str) -> None:
@@ -92,7 +82,7 @@ def test_the_number_of_blocks_on_a_multiprocessor_follows_from_registers_and_sha
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_row_for_every_kernel_and_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kernel_compiles_for_every_gpu_and_is_fit_for_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert crosscompile.main([]) == 0
     rows = re.findall(r"^(\S.*?) +(sm_\d+|gfx942) +(\d+) +(\d+) +0  ", capsys.readouterr().out, re.MULTILINE)
     wanted = {(case.name, target) for target in TARGETS for case in cases(target)}

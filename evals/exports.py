@@ -82,7 +82,7 @@ def read_study(directory: Path) -> Study:
     """
     path = directory / SUMMARY_FILE
     if not path.is_file():
-        raise DataError(f"{path} is not there yet: the study is not done; the same command goes on with it")
+        raise DataError(f"{path} is not there yet: no cell of the study is done; the same command goes on with it")
     try:
         rows = [_study_row(row) for row in read_json(path)["rows"]]
     except (KeyError, TypeError, ValueError) as error:

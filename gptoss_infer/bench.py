@@ -46,9 +46,9 @@ def bench(model: GptOss, cases: Sequence[Case], rounds: int = 3) -> Iterator[dic
     for case in cases:
         tokens = case.batch * (case.prompt + case.new + 64)
         engine = Engine(model, max_batch=case.batch, cache_tokens=tokens)
-        times = [_time(engine, case, number) for number in range(rounds)]
-        prefill, decode = min(first for first, _ in times), min(rest for _, rest in times)
-        step = decode / (case.new - 1)
+        timed = [_time(engine, case, number) for number in range(rounds)]
+        prefill, decode = min(one.prefill_s for one in timed), min(timed, key=lambda one: one.decode_s)
+        step = decode.decode_s / decode.steps
         needed = roofline.decode_bytes(model, case.batch, case.prompt + case.new // 2)
         flops = case.batch * roofline.prefill_flops(model.config, case.prompt)
         yield {
@@ -59,7 +59,7 @@ def bench(model: GptOss, cases: Sequence[Case], rounds: int = 3) -> Iterator[dic
             "threads": torch.get_num_threads(),
             **case._asdict(),
             "prefill_tokens_per_s": round(case.batch * case.prompt / prefill, 1),
-            "decode_tokens_per_s": round(case.batch / step, 2),
+            "decode_tokens_per_s": round(decode.tokens / decode.decode_s, 2),
             "prefill_share_of_arithmetic": round(flops / prefill / peak.flops, 3),
             "decode_share_of_bandwidth": round(needed / step / peak.read_bytes_per_s, 3),
             "measured_gb_per_s": round(peak.read_bytes_per_s / 1e9, 1),
@@ -68,8 +68,15 @@ def bench(model: GptOss, cases: Sequence[Case], rounds: int = 3) -> Iterator[dic
         }
 
 
-def _time(engine: Engine, case: Case, seed: int) -> tuple[float, float]:
-    """Return the seconds to all first tokens, and from there to all last ones."""
+class _Timed(NamedTuple):
+    prefill_s: float  # to all first tokens
+    decode_s: float  # from there to all last ones
+    steps: int  # in that time
+    tokens: int  # in that time: some prompts were read before others, and had more than their first
+
+
+def _time(engine: Engine, case: Case, seed: int) -> _Timed:
+    """Time one round."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = engine.model.config.vocab_size
     prompts = torch.randint(0, vocabulary, (case.batch, case.prompt), generator=generator).tolist()
@@ -78,10 +85,12 @@ def _time(engine: Engine, case: Case, seed: int) -> tuple[float, float]:
     start = time.perf_counter()
     while not all(one.token_ids for one in samples):
         engine.step()
-    first = time.perf_counter()
+    first, steps = time.perf_counter(), 0
+    tokens = sum(case.new - len(one.token_ids) for one in samples)
     while any(one.finish_reason is None for one in samples):
         engine.step()
-    return first - start, time.perf_counter() - first
+        steps += 1
+    return _Timed(first - start, time.perf_counter() - first, steps, tokens)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -103,9 +112,8 @@ def open_model(
     if checkpoint is not None:
         opened = Checkpoint.open(resolve(checkpoint))
         form = experts or form_for(opened, device, dtype)
-        return load(
-            opened, device=device, dtype=dtype, experts=form, progress=show_progress()
-        ), time.perf_counter() - start
+        model = load(opened, device=device, dtype=dtype, experts=form, progress=show_progress())
+        return model, time.perf_counter() - start
     assert shape is not None, "a checkpoint or a shape"
     model = random_model(shape_config(shape), pick_device(device), dtype)
     return model, time.perf_counter() - start

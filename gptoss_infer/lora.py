@@ -108,7 +108,7 @@ class LoraLinear(_Lora):
     """A linear layer with factors A (r, in), B (out, r)."""
 
     base_layer: nn.Linear
-    _joined: Tensor | None = None  # see `_frozen`
+    _joined: tuple[tuple[object, ...], Tensor] | None = None  # see `_frozen`
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -124,11 +124,15 @@ class LoraLinear(_Lora):
 
     @torch.no_grad()
     def _frozen(self) -> Tensor:
-        """Return [W, scaling B] (out, in + r), made once: for inference, where a step reads weights and does little."""
+        """Return [W, scaling B] (out, in + r): made again when either is another one, or was written to.
+
+        For inference, where a step reads weights and does little else.
+        """
         weight, b = self.base_layer.weight, self.factors.b
-        if self._joined is None or self._joined.dtype != weight.dtype:
-            self._joined = _join(weight, b * self.scaling[NAME])
-        return self._joined
+        of = (weight.data_ptr(), weight.dtype, weight._version, b.data_ptr(), b._version)
+        if self._joined is None or self._joined[0] != of:
+            self._joined = of, _join(weight, b * self.scaling[NAME])
+        return self._joined[1]
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -16,7 +16,7 @@ from gptoss_infer.config import ModelConfig
 from gptoss_infer.experts import ExpertLinear
 from gptoss_infer.model import GptOss
 
-READ_BYTES = 2**29  # beyond any cache
+READ_BYTES = 2**28  # beyond any cache, and less than a model: the peak of memory is the model's
 PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
 
 
@@ -28,7 +28,7 @@ class Peak(NamedTuple):
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> Peak:
-    """Return the best of some rounds of reading half a GiB, and of multiplying square matrices."""
+    """Return the best of some rounds of reading a quarter of a GiB, and of multiplying square matrices."""
     data = torch.zeros(READ_BYTES // 4, dtype=torch.int32, device=device).random_()
     size = PRODUCT_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -193,9 +193,9 @@ class Scheduler:
         size = self.limits.page_tokens
         for sequence, first, length in chunks:
             sequence.computed = first + length
-            border = min(sequence.computed, sequence.num_prompt) // size * size
-            if border in sequence.marks and border > first:
-                self._keep(sequence, border)
+            for border in sorted(sequence.marks):
+                if first < border <= sequence.computed:
+                    self._keep(sequence, border)
             seen = max(0, sequence.computed - self.limits.window + 1) // size
             gone = seen - sequence.window_first
             if gone > 0:

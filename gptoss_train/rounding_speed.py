@@ -117,21 +117,9 @@ def _rounding_calls(shape: tuple[int, int]) -> list[Call]:
     calls.append(Call("encode", lambda: mxfp4.encode(merged), size, against))
     calls.append(Call("encode like", lambda: mxfp4.encode(merged, like=base), size, against))
     for rule in get_args(Rounding):
-        if _needs_no_data(rule):
-            run = functools.partial(rounding.merge, base, delta, rule)
-            calls.append(Call(f"merge {rule}", run, merged.numel() / 2, against))  # the scales are the base's
+        run = functools.partial(rounding.merge, base, delta, rule)
+        calls.append(Call(f"merge {rule}", run, merged.numel() / 2, against))  # the scales are the base's
     return calls
-
-
-@functools.cache
-def _needs_no_data(rule: Rounding) -> bool:
-    matrix = torch.zeros(1, mxfp4.BLOCK)
-    try:
-        rounding.merge(mxfp4.encode(matrix), matrix, rule)
-    except (TypeError, ValueError) as error:
-        print(f"merge {rule} is left out: {error}", file=sys.stderr)
-        return False
-    return True
 
 
 def _decoding_calls(shape: tuple[int, int]) -> list[Call]:

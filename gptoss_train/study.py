@@ -124,6 +124,11 @@ def study(grid: Grid, out: Path) -> dict[str, Any]:
         with (out / CELLS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{number}/{len(todo)} {task} {rate:g} {seed}: {line['seconds']:.0f} s", file=sys.stderr)
+        _summarized(out)  # so that it can be looked at before it is done
+    return _summarized(out)
+
+
+def _summarized(out: Path) -> dict[str, Any]:
     summary = summarize(read_cells(out))
     (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -25,6 +25,7 @@ from torch import Tensor
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.kernels import tuning
 from gptoss_infer.kernels.cases import Case, Check
+from gptoss_infer.kernels.products import tile_rows
 from gptoss_infer.kernels.routing import Routed, route
 
 PART = 512
@@ -111,8 +112,7 @@ def low_rank_kernel(  # type: ignore[no-untyped-def]
     expert = tl.load(tiles + tile)
     if expert < 0:
         return
-    row = tl.load(tiles + num_tiles + tile) + tl.arange(0, BLOCK_M)
-    inside = tl.arange(0, BLOCK_M) < tl.load(tiles + 2 * num_tiles + tile)
+    row, inside = tile_rows(tiles, num_tiles, tile, BLOCK_M)
     token = tl.load(slots + row, mask=inside, other=0) // K
     rank = tl.arange(0, RANK)
     k = tl.arange(0, 64)

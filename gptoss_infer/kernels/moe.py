@@ -25,7 +25,7 @@ from torch import Tensor
 from gptoss_infer import mxfp4
 from gptoss_infer.kernels import tuning
 from gptoss_infer.kernels.low_rank import LowRank, low_products, low_products_ref
-from gptoss_infer.kernels.products import add_low_rank, product
+from gptoss_infer.kernels.products import add_low_rank, product, tile_rows
 from gptoss_infer.kernels.routing import Routed, route, route_ref
 from gptoss_infer.kernels.tiles import Tiles, unpack
 
@@ -251,8 +251,7 @@ def up_kernel(  # type: ignore[no-untyped-def]
     expert = tl.load(tiles + tile)
     if expert < 0:
         return
-    row = tl.load(tiles + num_tiles + tile) + tl.arange(0, BLOCK_M)
-    inside = tl.arange(0, BLOCK_M) < tl.load(tiles + 2 * num_tiles + tile)
+    row, inside = tile_rows(tiles, num_tiles, tile, BLOCK_M)
     token = tl.load(slots + row, mask=inside, other=0) // K
     sums = product(
         x + token.to(tl.int64) * IN, inside, words, scales, expert, block,
@@ -289,8 +288,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
     expert = tl.load(tiles + tile)
     if expert < 0:
         return
-    row = tl.load(tiles + num_tiles + tile) + tl.arange(0, BLOCK_M)
-    inside = tl.arange(0, BLOCK_M) < tl.load(tiles + 2 * num_tiles + tile)
+    row, inside = tile_rows(tiles, num_tiles, tile, BLOCK_M)
     sums = product(
         hidden + row.to(tl.int64) * IN, inside, words, scales, expert, block,
         OUT, IN, BLOCK_M, BLOCK_N, STEP, ORDER, PACKED,

@@ -2,7 +2,7 @@
 
 Weights are the left operand, tokens the right one: 64 rows of weights fill a matrix instruction however few the tokens.
 Sums over columns go from the first to the last, in an order that only the layer determines. Functions for kernels, not
-kernels; used by `moe`.
+kernels; used by `moe` and `low_rank`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ def scaled(pairs, factors, PACKED: tl.constexpr):  # type: ignore[no-untyped-def
     high = (pairs & 0xFFFF0000).to(tl.float32, bitcast=True) * factor
     low = (pairs << 16).to(tl.float32, bitcast=True) * factor
     return (high.to(tl.uint32, bitcast=True) & 0xFFFF0000) | (low.to(tl.uint32, bitcast=True) >> 16)
+
+
+@triton.jit
+def tile_rows(tiles, num_tiles, tile, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return BLOCK_M rows from a tile's first on, and which of them are its own; see `routing`."""
+    lane = tl.arange(0, BLOCK_M)
+    return tl.load(tiles + num_tiles + tile) + lane, lane < tl.load(tiles + 2 * num_tiles + tile)
 
 
 @triton.jit

@@ -300,7 +300,7 @@ def test_a_study_that_is_not_done_or_damaged_is_said_so(tmp_path: Path, capsys: 
     assert "summary.json: not the summary of a study" in capsys.readouterr().err
     (directory / "summary.json").unlink()
     assert run_command(main, ["report", str(directory)]) == 4
-    assert "the study is not done; the same command goes on with it" in capsys.readouterr().err
+    assert "no cell of the study is done; the same command goes on with it" in capsys.readouterr().err
 
 
 def test_the_report_of_a_study_lands_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

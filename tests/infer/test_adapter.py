@@ -208,3 +208,16 @@ def test_in_bf16_an_unmerged_adapter_carries_its_whole_delta_however_small(size:
                 added = outputs[0] - outputs[1]
         carried = float((added * asked).sum() / asked.square().sum())
         assert carried == pytest.approx(1, abs=0.05), f"{type(layer).__name__} carries {carried:.2f} of its delta"
+
+
+def test_a_frozen_adapter_that_is_written_to_computes_with_what_was_written(tmp_path: Path) -> None:
+    model = gi.load(write_tiny(tmp_path / "base", CONFIG), device="cpu", dtype=torch.float32)
+    targets = SELECTIONS["all"]
+    load_adapter(model, random_adapter(targets))
+    before = model(INPUT)
+    with torch.no_grad():
+        for pair in factors_of(model, targets).values():
+            pair.b.mul_(0)
+    base = gi.load(tmp_path / "base", device="cpu", dtype=torch.float32)(INPUT)
+    assert not torch.allclose(before, base, atol=1e-2)
+    assert torch.allclose(model(INPUT), base, atol=1e-5)

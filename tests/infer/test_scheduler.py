@@ -110,15 +110,16 @@ def test_pages_are_read_as_they_were_written_and_none_is_lost_whatever_comes_and
         assert world.scheduler.num_reused > 0, "prompts that begin alike share nothing"
 
 
-def test_the_samples_of_a_prompt_compute_what_they_share_once() -> None:
+@pytest.mark.parametrize("length", [37, 38, 39, 40])  # up to whole pages exactly: a last token is always computed
+def test_the_samples_of_a_prompt_compute_what_they_share_once(length: int) -> None:
     world = World(limits(max_batch=8, step_tokens=64), 100, 60)
     for _ in range(8):
-        world.add(list(range(38)), 2)
+        world.add(list(range(length)), 2)
     computed = 0
     while world.live:
         computed += sum(chunk.length for chunk in world.step())
-    # 36 tokens are whole pages; 2 tokens of the prompt and 1 generated one (the second is never fed back) remain.
-    assert computed == 36 + 8 * (2 + 1)
+    # 36 tokens are whole pages; the rest of the prompt and 1 generated token (the second is never fed back) remain.
+    assert computed == 36 + 8 * (length - 36 + 1)
 
 
 def test_prompts_that_begin_alike_share_that_much_however_they_go_on() -> None:

@@ -110,13 +110,6 @@ def test_decoders_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -
         module._decoding_calls((32, 64))
 
 
-def test_a_rule_that_needs_data_is_left_out_aloud(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert not module._needs_no_data("by hand")  # type: ignore[arg-type]
-    assert "merge by hand is left out: rounding is 'by hand'" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_the_command_times_experts_of_the_real_size(finish: Callable[..., str]) -> None:
     output = finish("study", "--speed", "--threads", "1", "--rounds", "1", "--json")

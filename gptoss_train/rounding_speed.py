@@ -15,10 +15,11 @@ Decoding is timed twice. **Recycled**: a result is freed before the next call, a
 kernel has to supply every page: what loading a model is like. `pages` is this alone, zeros written to a tensor of the
 size, and so the bound of any decoder.
 
-On one thread of a virtual AMD EPYC (CPU time, torch 2.13, transformers 5.23), decoding on fresh pages was 14 and 11
-times as fast as transformers in bf16 (larger, smaller shape), 9.4 and 8.0 times in fp32. There the pages alone, 1.7 us
-for each 4 KiB, are 58% of our time, and the bound is 16 and 14 times. `THP_MEM_ALLOC_ENABLE=1` in the environment makes
-torch ask for huge pages, peers' too: 18 and 13 times in bf16, 28 and 11 in fp32, where the machine has them at hand.
+On one thread of an idle virtual AMD EPYC (torch 2.13, transformers 5.23), decoding on fresh pages was 13.7 and 11.2
+times as fast as transformers in bf16 (larger, smaller shape), 10.0 and 7.4 times in fp32. There the pages alone, 1.6 us
+for each 4 KiB, are two thirds of our time, and the bound is 14.7 and 11.4 times. `THP_MEM_ALLOC_ENABLE=1` in the
+environment makes torch ask for huge pages, peers' too: 18 and 13 times in bf16, 28 and 11 in fp32 by the CPU time of a
+busy machine, where it has them at hand.
 
 **Peak** is what one call adds to the resident memory of a process of its own that holds its inputs; the result counts.
 **Whole models** are computed from one expert's medians, not measured.

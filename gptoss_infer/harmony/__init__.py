@@ -11,7 +11,7 @@ the engine's callers and the evaluations. The engine itself never sees text.
 from gptoss_infer.harmony.chat import conversation_from_chat
 from gptoss_infer.harmony.conversation import Conversation, Message, ReasoningEffort, ResponseFormat, Tool
 from gptoss_infer.harmony.parse import DEFECTS, Parsed, ToolCall, parse
-from gptoss_infer.harmony.render import Rendered, render, training_samples
+from gptoss_infer.harmony.render import Rendered, render, render_answer, training_samples
 from gptoss_infer.harmony.vocabulary import (
     CALL,
     CHANNEL,
@@ -50,5 +50,6 @@ __all__ = [
     "encode",
     "parse",
     "render",
+    "render_answer",
     "training_samples",
 ]

@@ -1,7 +1,8 @@
 """Conversations to tokens, with the mask of those a model is trained to produce.
 
-Here: `render` (a prompt, or a conversation as trained on), `training_samples` (one per assistant turn). Not here:
-reading JSON (`chat`), reading tokens (`parse`). Used by training, the engine's callers and the evaluations.
+Here: `render` (a prompt, or a conversation as trained on), `training_samples` (one per assistant turn),
+`render_answer` (a completion). Not here: reading JSON (`chat`), reading tokens (`parse`). Used by training, the
+engine's callers and the evaluations.
 
 Every message but tool calls is rendered by openai-harmony. Calls are rendered here, because openai-harmony puts the
 recipient before the channel, while the model itself writes
@@ -98,6 +99,22 @@ def training_samples(conversation: Conversation) -> list[Rendered]:
     if not samples:
         raise DataError("the conversation has no assistant message, so there is nothing to learn from it")
     return samples
+
+
+def render_answer(messages: Sequence[Message]) -> list[int]:
+    """Tokens of a completion that says these assistant messages: what follows the prompt's `<|start|>assistant`.
+
+    The last message ends in <|call|> if it is a call and otherwise in <|return|>, whatever its channel; it has no end
+    token if it is not `complete`.
+    """
+    tokens = [token for message in messages for token in _encode_message(message)]
+    tokens = tokens[len([START, *encode("assistant")]) :]
+    if not messages:
+        return [RETURN]
+    last = messages[-1]
+    if not last.complete:
+        return tokens[:-1]
+    return tokens if last.is_call else [*tokens[:-1], RETURN]
 
 
 class _Parts:

@@ -120,6 +120,8 @@ def chat_body(dialect: Dialect, model: str, chat: Chat, params: SamplingParams, 
         body["reasoning_effort"] = effort
     if effort is not None and dialect.extras != "none":
         body["chat_template_kwargs"] = {"reasoning_effort": effort}
+    if params.logprobs:
+        body["logprobs"] = True
     if chat.get("tools"):
         body["tools"] = [_tool(tool) for tool in chat["tools"]]
     return body

@@ -218,7 +218,8 @@ class Engine:
 
     def add(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Sample]:
         """Queue all samples of some prompts; `step` generates them. Raises as `generate` does, before any is queued."""
-        samples = self._samples(prompts, params)
+        config = self.model.config
+        samples = make_samples(prompts, params, vocabulary=config.vocab_size, context=config.max_position_embeddings)
         most = self.scheduler.full.size * self.limits.page_tokens
         for one in samples:
             if one.max_tokens > most:
@@ -259,64 +260,75 @@ class Engine:
         return hidden[rows]
 
     def _extend(self, samples: list[Sample], logits: Tensor) -> None:
-        """Draw the next token of each sample from fp32 logits (B, V), and say whether it was the last."""
-        wanted = any(one.params.logprobs for one in samples)
-        allowed = allowed_tokens([one.follower for one in samples])  # while a GPU computes the logits
-        allowed = None if allowed is None else allowed.to(logits.device)
-        tokens, logprobs = sample(logits, _draws(samples, logits.device), allowed, logprobs=wanted)
-        values = [0.0] * len(samples) if logprobs is None else logprobs.tolist()
-        for one, token, logprob in zip(samples, tokens.tolist(), values, strict=True):
-            one.tokens.append(token)
-            if one.params.logprobs:
-                one.logprobs.append(logprob)
-            if one.follower is not None and not one.follower.accept(token):
-                one.finish_reason = "cancelled"  # its grammar led nowhere; a warning said so
-            elif token in one.params.stop_token_ids:
-                one.finish_reason = "stop"
-            elif len(one.tokens) == one.max_tokens:
-                one.finish_reason = "length"
+        """Draw the next token of each sample from fp32 logits (B, V); free those that it was the last of."""
+        draw_next(samples, logits)
+        for one in samples:
             if one.finish_reason is not None:
                 self.scheduler.remove(one)
 
-    def _samples(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[Sample]:
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one for each")
-        config = self.model.config
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UsageError(f"prompt {index} is empty; a harmony prompt has at least a header")
-            if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-                raise UsageError(
-                    f"prompt {index} holds token ids outside 0..{config.vocab_size - 1}; another vocabulary?"
-                )
-            if len(prompt) >= config.max_position_embeddings:
-                raise UsageError(
-                    f"prompt {index} has {len(prompt)} tokens; the context holds {config.max_position_embeddings}"
-                )
-            if each[index].constraint is not None and config.vocab_size != VOCABULARY_SIZE:
-                raise UsageError(
-                    f"prompt {index} has a constraint, which needs harmony's vocabulary of {VOCABULARY_SIZE} tokens; "
-                    f"this checkpoint has {config.vocab_size}"
-                )
-        return [
-            Sample(
-                tokens=list(prompt),
-                num_prompt=len(prompt),
-                max_tokens=min(len(prompt) + p.max_tokens, config.max_position_embeddings),
-                params=p,
-                prompt_index=index,
-                sample_index=number,
-                follower=None if p.constraint is None else follow(p.constraint, prompt, f"prompt {index}"),
+
+def make_samples(
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    vocabulary: int,
+    context: int,
+) -> list[Sample]:
+    """Return all samples of some prompts, in order, none begun; `context` is the longest that one may grow.
+
+    Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the context, or
+        has a constraint over another vocabulary than harmony's.
+    """
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise UsageError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one for each")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UsageError(f"prompt {index} is empty; a harmony prompt has at least a header")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise UsageError(f"prompt {index} holds token ids outside 0..{vocabulary - 1}; another vocabulary?")
+        if len(prompt) >= context:
+            raise UsageError(f"prompt {index} has {len(prompt)} tokens; the context holds {context}")
+        if each[index].constraint is not None and vocabulary != VOCABULARY_SIZE:
+            raise UsageError(
+                f"prompt {index} has a constraint, which needs harmony's vocabulary of {VOCABULARY_SIZE} tokens; this "
+                f"checkpoint has {vocabulary}"
             )
-            for index, (prompt, p) in enumerate(zip(prompts, each, strict=True))
-            for number in range(p.n)
-        ]
+    return [
+        Sample(
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            max_tokens=min(len(prompt) + p.max_tokens, context),
+            params=p,
+            prompt_index=index,
+            sample_index=number,
+            follower=None if p.constraint is None else follow(p.constraint, prompt, f"prompt {index}"),
+        )
+        for index, (prompt, p) in enumerate(zip(prompts, each, strict=True))
+        for number in range(p.n)
+    ]
 
 
-def _draws(samples: list[Sample], device: torch.device) -> Draws:
+def draw_next(samples: Sequence[Sample], logits: Tensor) -> None:
+    """Add the next token to each sample, drawn from fp32 logits (B, V), and say whether it was the last."""
+    wanted = any(one.params.logprobs for one in samples)
+    allowed = allowed_tokens([one.follower for one in samples])  # while a GPU computes the logits
+    allowed = None if allowed is None else allowed.to(logits.device)
+    tokens, logprobs = sample(logits, _draws(samples, logits.device), allowed, logprobs=wanted)
+    values = [0.0] * len(samples) if logprobs is None else logprobs.tolist()
+    for one, token, logprob in zip(samples, tokens.tolist(), values, strict=True):
+        one.tokens.append(token)
+        if one.params.logprobs:
+            one.logprobs.append(logprob)
+        if one.follower is not None and not one.follower.accept(token):
+            one.finish_reason = "cancelled"  # its grammar led nowhere; a warning said so
+        elif token in one.params.stop_token_ids:
+            one.finish_reason = "stop"
+        elif len(one.tokens) == one.max_tokens:
+            one.finish_reason = "length"
+
+
+def _draws(samples: Sequence[Sample], device: torch.device) -> Draws:
     """Return how each sample draws its next token."""
     params = [one.params for one in samples]
 

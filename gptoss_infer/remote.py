@@ -3,26 +3,27 @@
     engine = RemoteEngine.connect("http://localhost:8000/v1", "openai/gpt-oss-20b")
     for completion in engine.generate(prompts, params): ...
 
-Token ids in, completions out, in prompt order, n each. `connect` asks the server a few tokens' worth of questions, finds
-the most faithful way it can do (see `dialect`) and prints it. A request that fails is tried again as `client` says; one
-that fails for good raises ServerError, or is the result of its sample where `attempts` is used. Used by the command line
-and the evaluations. What a server does otherwise than the engine, `probe` finds out.
+Token ids in, completions out, in prompt order, n each. `connect` asks the server for a few tokens, finds the most
+faithful way that it can do (see `dialect`) and prints it. A request that fails is tried again as `client` says; one
+that fails for good raises ServerError, or is the result of its sample where `attempts` is used. Used by the command
+line and the evaluations. What a server does otherwise than the engine, `probe` finds out.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from gptoss_infer import harmony
 from gptoss_infer.client import Address, Client, Server, ServerError, key_from
 from gptoss_infer.dialect import (
     EXTRAS,
+    MODES,
     REMARKS,
     Chat,
     Dialect,
@@ -42,8 +43,8 @@ from gptoss_infer.errors import UsageError
 from gptoss_infer.harmony.vocabulary import CHANNEL, FIRST_SPECIAL, encoding
 
 CONCURRENCY = 32
-# The answers of a server that cannot be asked so: a field or its type (400, 422), the endpoint (404, 405, 501), an error
-# over a type in the server itself (500), or an error sent as if it were none (200).
+# A server that cannot be asked so refuses a field or its type (400, 422), lacks the endpoint (404, 405, 501), trips
+# over a type (500), or sends an error as if it were none (200).
 _REFUSALS = (200, 400, 404, 405, 422, 500, 501)
 _FORMS: tuple[Literal["ids", "text"], ...] = ("ids", "text")
 _RAW_EXTRAS: tuple[Extras, ...] = ("all", "top_k 0", "none")
@@ -58,23 +59,11 @@ class Attempt(NamedTuple):
     result: RemoteCompletion | ServerError | UsageError
 
 
-@dataclass(frozen=True)
-class Found:
-    """The ways that a server can be asked; where one is None, its reason says why."""
+class Found(NamedTuple):
+    """How a server can be asked in one mode; where the dialect is None, why it cannot."""
 
-    raw: Dialect | None
-    raw_reason: str
-    chat: Dialect | None
-    chat_reason: str
-
-    def choose(self, mode: Mode | None) -> Dialect:
-        """The dialect of a mode, or the most faithful one. Raises: ServerError where there is none."""
-        chosen = {"raw": self.raw, "chat": self.chat, None: self.raw or self.chat}[mode]
-        if chosen is not None:
-            return chosen
-        reasons = {"raw": self.raw_reason, "chat": self.chat_reason}
-        told = "; ".join(f"{name} mode: {reason}" for name, reason in reasons.items() if mode in (None, name))
-        raise ServerError(f"the server cannot be asked; {told}")
+    dialect: Dialect | None
+    reason: str
 
 
 def _tell(line: str) -> None:
@@ -93,7 +82,7 @@ class RemoteEngine:
         concurrency: int = CONCURRENCY,
         notify: Callable[[str], None] = _tell,
     ) -> None:
-        """`connect` is the usual way; `concurrency` is how many requests are under way, `notify` gets lines to print."""
+        """Of `connect`'s making, as a rule; `concurrency` requests are under way, `notify` gets lines to print."""
         if concurrency < 1:
             raise UsageError(f"concurrency is {concurrency}, expected at least 1")
         self.server, self.model, self.dialect = server, model, dialect
@@ -121,9 +110,14 @@ class RemoteEngine:
         Raises: UsageError for a URL that is none; ServerError if the server cannot be reached or asked.
         """
         server = Server(Address.parse(base_url), key_from(key_variable), timeout_s=timeout_s)
-        dialect = discover(server, model).choose(mode)
-        notify(f"{model} at {server.address}, {dialect}")
-        return cls(server, model, dialect, concurrency=concurrency, notify=notify)
+        reasons = []
+        for candidate in MODES if mode is None else (mode,):
+            dialect, reason = discover(server, model, candidate)
+            if dialect is not None:
+                notify(f"{model} at {server.address}, {dialect}")
+                return cls(server, model, dialect, concurrency=concurrency, notify=notify)
+            reasons.append(f"{candidate} mode: {reason}")
+        raise ServerError(f"the server cannot be asked; {'; '.join(reasons)}")
 
     def generate(
         self,
@@ -156,7 +150,7 @@ class RemoteEngine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         chats: Sequence[Chat] | None = None,
-    ) -> Iterator[Attempt]:
+    ) -> Generator[Attempt]:
         """Yield what became of every sample as it ends, failures too; arguments as for `generate`.
 
         Closing the iterator ends the requests that are under way.
@@ -169,7 +163,9 @@ class RemoteEngine:
         futures: list[Future[Attempt]] = []
         try:
             futures += [
-                pool.submit(self._attempt, client, prompts[index], each[index], chats and chats[index], index, sample)
+                pool.submit(
+                    self._attempt, client, prompts[index], each[index], chats[index] if chats else None, index, sample
+                )
                 for index, sample in _order(prompts, each)
             ]
             for future in as_completed(futures):
@@ -237,18 +233,16 @@ def _order(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -
     return ((index, sample) for index in range(len(prompts)) for sample in range(params[index].n))
 
 
-def discover(server: Server, model: str) -> Found:
-    """Find out by asking which dialects a server speaks: at most a dozen requests of a few tokens each.
+def discover(server: Server, model: str, mode: Mode) -> Found:
+    """Find out by asking how a server can be asked in a mode: at most eight requests of a few tokens each.
 
     Raises: ServerError if it cannot be reached, is overloaded or wants a key.
     """
     client = Client(replace(server, retries=min(server.retries, 1)))
-    raw, raw_reason = _discover_raw(client, model)
-    chat, chat_reason = _discover_chat(client, model)
-    return Found(raw, raw_reason, chat, chat_reason)
+    return _discover_raw(client, model) if mode == "raw" else _discover_chat(client, model)
 
 
-def _discover_raw(client: Client, model: str) -> tuple[Dialect | None, str]:
+def _discover_raw(client: Client, model: str) -> Found:
     conversation = harmony.conversation_from_chat(_GREETING, date=None)
     prompt = harmony.render(conversation, completion=True).token_ids
     params = SamplingParams(max_tokens=8)
@@ -265,26 +259,24 @@ def _discover_raw(client: Client, model: str) -> tuple[Dialect | None, str]:
                 return _with_tokens(client, model, dialect, prompt, answer)
             reason = f"the server reads {count} tokens for a prompt of {len(prompt)}: it adds some, or a template"
             break
-    return None, reason
+    return Found(None, reason)
 
 
-def _with_tokens(
-    client: Client, model: str, dialect: Dialect, prompt: Sequence[int], answer: dict[str, Any]
-) -> tuple[Dialect | None, str]:
+def _with_tokens(client: Client, model: str, dialect: Dialect, prompt: Sequence[int], answer: dict[str, Any]) -> Found:
     """The dialect with where its tokens come from; None where control tokens are lost on the way."""
     if token_ids(answer) is not None:
-        return dialect, ""
+        return Found(dialect, "")
     # A bias of 100 makes this the first token, whatever the model; servers that ignore it show what they write anyway.
     body = completion_body(dialect, model, prompt, SamplingParams(max_tokens=1), 0)
     forced, _ = _try(client, "/completions", body | {"logit_bias": {str(CHANNEL): 100}})
     texts = [answer_text(first_choice(one)) for one in (forced, answer) if one is not None]
     for text in texts:
         if any(token >= FIRST_SPECIAL for token in encoding().encode(text, allowed_special="all")):
-            return replace(dialect, tokens="text"), ""
-    return None, f"answers come as text without control tokens ({texts[-1]!r:.60}), from which no message can be read"
+            return Found(replace(dialect, tokens="text"), "")
+    return Found(None, f"its answers are text without control tokens ({texts[-1]!r:.60}), so no message can be read")
 
 
-def _discover_chat(client: Client, model: str) -> tuple[Dialect | None, str]:
+def _discover_chat(client: Client, model: str) -> Found:
     params = SamplingParams(max_tokens=8)
     reason = ""
     for extras in EXTRAS:
@@ -293,13 +285,13 @@ def _discover_chat(client: Client, model: str) -> tuple[Dialect | None, str]:
         if answer is None:
             continue
         if token_ids(answer) is not None:
-            return replace(dialect, tokens="ids"), ""
+            return Found(replace(dialect, tokens="ids"), "")
         try:
             read_completion(answer, dialect, 0, 0, params)
         except ServerError as error:
-            return None, str(error)
-        return dialect, ""
-    return None, reason
+            return Found(None, str(error))
+        return Found(dialect, "")
+    return Found(None, reason)
 
 
 def _try(client: Client, path: str, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:

@@ -1,6 +1,7 @@
 """`gptoss-eval` (also `python -m evals`): score checkpoints, compare evaluations, write reports.
 
     gptoss-eval run runs/mine --tasks gsm8k,bfcl_simple --data gsm8k=data/gsm8k --limit 200
+    gptoss-eval run http://localhost:8000/v1 --model openai/gpt-oss-20b --tasks gsm8k --max-tokens 32768
     gptoss-eval compare runs/mine/evals/adapter runs/mine/evals/model --margin 0.01
     gptoss-eval report runs/mine
 
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from evals.settings import EFFORTS, Effort, Settings
-from evals.target import VARIANTS, Target
+from evals.target import VARIANTS, Served, Target, is_url, read_recipe, recipe_value, resolve
 from gptoss_infer.errors import UsageError, run_command
 
 if TYPE_CHECKING:
     from evals.runner import Generator
+    from gptoss_infer.remote import RemoteEngine
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +77,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "evaluate a checkpoint or a run directory",
         "gptoss-eval run runs/mine --tasks gsm8k,addition --data gsm8k=data/gsm8k/test.jsonl --effort low,medium",
     )
-    run.add_argument("target", metavar="TARGET", help="checkpoint directory, or run directory (see --variant)")
+    run.add_argument(
+        "target", metavar="TARGET",
+        help="checkpoint directory, run directory (see --variant), or an OpenAI-compatible server's URL (with --model)",
+    )  # fmt: skip
     run.add_argument("--tasks", required=True, help="task names, separated by commas; see gptoss-eval tasks")
     run.add_argument("--data", action="append", default=[], metavar="TASK=PATH", help="data of a task; may be repeated")
     run.add_argument("--effort", default="medium", help="reasoning efforts, separated by commas (default: medium)")
@@ -96,6 +101,17 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     run.add_argument("--adapter", metavar="DIR", help="PEFT adapter over the checkpoint")
     run.add_argument("--variant", choices=VARIANTS, help="which model of a run directory (default: model)")
+    run.add_argument("--model", metavar="NAME", help="what the server at the URL calls the model")
+    run.add_argument(
+        "--mode", choices=("raw", "chat"),
+        help="of a server; raw: our own prompt tokens; chat: messages, which it renders (default: raw if it can)",
+    )  # fmt: skip
+    run.add_argument(
+        "--api-key-env", metavar="VARIABLE", help="environment variable with the server's key (default: none is sent)"
+    )
+    run.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="S", help="seconds for a server's answer (default: 3600)"
+    )
     run.add_argument(
         "--date", help="current date in the system message, YYYY-MM-DD (default: the run's recipe's, else none)"
     )
@@ -125,7 +141,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from evals.scores import NamedScore, score, to_json
     from evals.settings import describe_run, prepare_directory, questions
     from evals.table import print_scores
-    from evals.target import resolve
     from evals.task import Outcome
     from evals.tasks import get_task
 
@@ -133,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--batch is {arguments.batch}, expected at least 1")
     tasks = [get_task(name) for name in _names(arguments.tasks, "--tasks")]
     data = _data_paths(arguments.data, {task.name for task in tasks})
-    target = resolve(arguments.target, variant=arguments.variant, adapter=arguments.adapter)
+    target = _target(arguments)
     settings = _settings(arguments, target)
     samples = {task.name: task.load(data.get(task.name))[: settings.limit] for task in tasks}
     directory = arguments.out or _default_directory(target)
@@ -170,14 +185,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from evals.compare import Pair, compare, header_notes, read_evaluation
+    from evals.compare import Pair, compare, notes_on, read_evaluation
     from evals.table import print_pairs
 
     if arguments.margin is not None and not 0 < arguments.margin < 1:
         raise UsageError(f"--margin is {arguments.margin}, expected a share between 0 and 1, such as 0.01")
     a, b = read_evaluation(arguments.a), read_evaluation(arguments.b)
     comparisons = compare(a, b, margin=arguments.margin)
-    notes = header_notes(a, b)
+    notes = notes_on(a, b)
     for one in comparisons:
         if one.n_unpaired:
             print(
@@ -224,11 +239,38 @@ def _tasks(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(arguments: argparse.Namespace, target: Target) -> Settings:
-    """The settings of the command line; date and dtype default to those the model was trained with."""
-    from evals.target import read_recipe, recipe_value
+def _target(arguments: argparse.Namespace) -> Target | Served:
+    """What is evaluated; a server is asked how it can be asked."""
+    if not is_url(arguments.target):
+        given = [arguments.model, arguments.mode, arguments.api_key_env]
+        if any(option is not None for option in given):
+            raise UsageError(
+                "--model, --mode and --api-key-env go with a server's URL, such as http://localhost:8000/v1"
+            )
+        return resolve(arguments.target, variant=arguments.variant, adapter=arguments.adapter)
+    if arguments.model is None:
+        raise UsageError(f"{arguments.target} needs --model NAME, the name that the server lists under /models")
+    if arguments.variant or arguments.adapter or arguments.dtype or arguments.device != "auto":
+        raise UsageError("--variant, --adapter, --dtype and --device go with checkpoints; a server has chosen them")
 
-    recipe = read_recipe(target.run) if target.run else {}
+    from gptoss_infer.remote import RemoteEngine
+
+    engine = RemoteEngine.connect(
+        arguments.target,
+        arguments.model,
+        mode=arguments.mode,
+        key_variable=arguments.api_key_env,
+        timeout_s=arguments.timeout,
+        concurrency=arguments.batch,
+    )
+    if engine.dialect.mode == "chat" and (arguments.date or arguments.header):
+        raise UsageError("--date and --header cannot be told in chat mode, where the server renders the prompt")
+    return Served(engine)
+
+
+def _settings(arguments: argparse.Namespace, target: Target | Served) -> Settings:
+    """The settings of the command line; date and dtype default to those the model was trained with."""
+    recipe = read_recipe(target.run) if isinstance(target, Target) and target.run else {}
     date = arguments.date or recipe_value(recipe, "data", "date")
     dtype = arguments.dtype or recipe_value(recipe, "model", "dtype") or "bfloat16"
     return Settings(
@@ -241,7 +283,7 @@ def _settings(arguments: argparse.Namespace, target: Target) -> Settings:
         seed=arguments.seed,
         date=None if date is None else str(date),
         header=arguments.header,
-        dtype="float32" if dtype == "float32" else "bfloat16",
+        dtype="served" if isinstance(target, Served) else "float32" if dtype == "float32" else "bfloat16",
     )
 
 
@@ -272,14 +314,16 @@ def _data_paths(pairs: Sequence[str], tasks: set[str]) -> dict[str, Path]:
     return paths
 
 
-def _default_directory(target: Target) -> Path:
-    if target.run is not None:
+def _default_directory(target: Target | Served) -> Path:
+    if isinstance(target, Target) and target.run is not None:
         return target.run / "evals" / target.variant
-    name = target.checkpoint.resolve().name
-    return Path("runs/evals") / (f"{name}+{target.adapter.resolve().name}" if target.adapter else name)
+    return Path("runs/evals") / target.name
 
 
-def _load_engine(target: Target, settings: Settings, device: str, batch: int) -> Generator:
+def _load_engine(target: Target | Served, settings: Settings, device: str, batch: int) -> Generator | RemoteEngine:
+    if isinstance(target, Served):
+        return target.engine
+
     import torch
 
     from gptoss_infer.engine import Engine

@@ -2,7 +2,7 @@
 
 The difference is B - A. It refuses to compare what was not asked in the same way. The header that an evaluation forced
 (`--header`) is not held against it: it belongs to a model that never saw harmony, and is named in the result instead.
-Nor is the seed: the questions are paired, the sampling noise need not be.
+Nor is the seed: the questions are paired, the sampling noise need not be; nor a server's precision, which it chooses.
 """
 
 from __future__ import annotations
@@ -93,18 +93,24 @@ def compare(a: Evaluation, b: Evaluation, *, margin: float | None = None) -> lis
     return [_compare_row(a, b, task, effort, margin) for task, effort in rows]
 
 
-def header_notes(a: Evaluation, b: Evaluation) -> list[str]:
-    """A note for the reader where one of the models was given an assistant header that the other was not."""
+def notes_on(a: Evaluation, b: Evaluation) -> list[str]:
+    """Notes for the reader: an assistant header that one model was given and the other was not, and servers."""
     one, other = (evaluation.run["settings"].get("header") for evaluation in (a, b))
-    if one == other:
-        return []
-    return [f"note: the assistant header put in front of every answer was {one!r} for A and {other!r} for B"]
+    notes = []
+    if one != other:
+        notes.append(f"note: the assistant header put in front of every answer was {one!r} for A and {other!r} for B")
+    for name, target in (("A", a.run["target"]), ("B", b.run["target"])):
+        if target.get("server"):
+            notes.append(f"note: {name} was asked in {target.get('mode')} mode at {target['server']}.")
+    return notes
 
 
 def _check_same_questions(a: Evaluation, b: Evaluation) -> None:
+    precisions = {evaluation.run["settings"].get("dtype") for evaluation in (a, b)}
+    must_agree = [name for name in MUST_AGREE if name != "dtype" or "served" not in precisions]
     differing = [
         f"{name}: {a.run['settings'].get(name)!r} and {b.run['settings'].get(name)!r}"
-        for name in MUST_AGREE
+        for name in must_agree
         if a.run["settings"].get(name) != b.run["settings"].get(name)
     ]
     for task in a.run["tasks"].keys() & b.run["tasks"].keys():

@@ -6,7 +6,7 @@ Used by `evals.runner`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.grading import settle
 from evals.settings import Question
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class Reading(NamedTuple):
-    """What was read from a completion. `well_formed` says that it stopped by itself and has no defect."""
+    """What was read from a completion. `well_formed` says that it stopped by itself and has no defect; None that this
+    cannot be known, as a server took the answer apart."""
 
     grade: Grade
     messages: list[dict[str, str | None]]
     defects: list[str]
-    well_formed: bool
+    well_formed: bool | None
 
 
 class Prompter:
@@ -38,15 +39,20 @@ class Prompter:
         self.date = date
         self.header_ids = encoding().encode(header, allowed_special="all") if header else []
 
+    def chat(self, question: Question) -> dict[str, Any]:
+        """The chat record of a question, with the effort that it is asked at."""
+        chat = question.sample.chat
+        return {**chat, "reasoning_effort": chat.get("reasoning_effort") or question.effort}
+
     def render(self, question: Question) -> list[int]:
         """Prompt tokens, the header included."""
-        conversation = harmony.conversation_from_chat(
-            question.sample.chat, date=self.date, reasoning_effort=question.effort
-        )
+        conversation = harmony.conversation_from_chat(self.chat(question), date=self.date)
         return [*harmony.render(conversation, completion=True).token_ids, *self.header_ids]
 
     def read(self, question: Question, completion: Completion) -> Reading:
         """The messages of a completion and its outcome."""
+        from gptoss_infer.remote import RemoteCompletion
+
         parsed = harmony.parse([*self.header_ids, *completion.token_ids])
         defects = [str(defect) for defect in parsed.defects]
         reply = Reply(parsed.final, tuple(Call(call.name, call.arguments) for call in parsed.tool_calls))
@@ -60,4 +66,6 @@ class Prompter:
             }
             for message in parsed.messages
         ]
+        if isinstance(completion, RemoteCompletion) and completion.source == "parts":
+            return Reading(grade, messages, defects, None)
         return Reading(grade, messages, defects, parsed.well_formed and completion.finish_reason == "stop")

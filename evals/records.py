@@ -40,7 +40,8 @@ class Record:
     """How one sample ended, with all that is needed to read it again: tokens in and out, messages, verdict.
 
     `messages` are the harmony messages that were read from the completion, each with `role`, `channel`, `recipient` and
-    `content`. `error` is the engine's message for an infra_error, else None.
+    `content`. `well_formed` is None where a server took the answer apart, so that nobody knows. `error` is the engine's
+    message for an infra_error, else None.
     """
 
     task: str
@@ -52,7 +53,7 @@ class Record:
     answer: str | None
     gold: Json
     explanation: str
-    well_formed: bool
+    well_formed: bool | None
     defects: list[str]
     finish_reason: str | None
     prompt_tokens: int

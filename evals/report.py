@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from evals.compare import Evaluation, Pair, compare, header_notes, read_evaluation
+from evals.compare import Evaluation, Pair, compare, notes_on, read_evaluation
 from evals.curves import TrainingCharts, read_curves, training_charts
 from evals.exports import EXPORT_FILE, GRID_FILE, Export, Study, is_export, is_study, read_export, read_study
 from evals.records import Record, is_evaluation, read_json, write_text
@@ -190,7 +190,7 @@ def _pair(a: ScoredEvaluation, b: ScoredEvaluation) -> Pair:
         comparisons = compare(a.evaluation, b.evaluation)
     except UsageError as error:
         return Pair(a.name, b.name, [], str(error))
-    return Pair(a.name, b.name, comparisons, " ".join(header_notes(a.evaluation, b.evaluation)))
+    return Pair(a.name, b.name, comparisons, " ".join(notes_on(a.evaluation, b.evaluation)))
 
 
 def _transcripts(evaluation: Evaluation, task: str, effort: str) -> list[tuple[Outcome, int, list[Record]]]:

@@ -1,6 +1,6 @@
-"""Runs an evaluation: asks the engine, grades, and appends one record per sample until all are there.
+"""Runs an evaluation: asks the engine or a server, grades, and appends one record per sample until all are there.
 
-Used by `gptoss-eval run`. What the engine cannot answer becomes an infra_error record with the engine's message, and
+Used by `gptoss-eval run`. What is not answered becomes an infra_error record with the engine's or server's message, and
 the next run over the same directory asks it again.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -21,6 +23,7 @@ from gptoss_infer.errors import Terminated
 
 if TYPE_CHECKING:
     from gptoss_infer.engine import Completion, SamplingParams
+    from gptoss_infer.remote import RemoteEngine
 
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -32,12 +35,15 @@ class Generator(Protocol):
         """Yield one completion per prompt, in order."""
 
 
+Answer = tuple[Question, list[int], "Completion | Exception"]  # a question, its prompt and what became of it
+
+
 def ask_all(
     directory: Path,
     wanted: Sequence[Question],
     settings: Settings,
     *,
-    load_engine: Callable[[], Generator],
+    load_engine: Callable[[], Generator | RemoteEngine],
     batch: int,
 ) -> dict[Key, Record]:
     """Ask what has no record yet or ended in an infra_error; returns the records of all of `wanted`.
@@ -61,40 +67,59 @@ def ask_all(
     return {key: done[key] for key in map(_key, wanted)}
 
 
-def _ask(file: BinaryIO, pending: Sequence[Question], settings: Settings, *, engine: Generator, batch: int) -> None:
+def _ask(
+    file: BinaryIO, pending: Sequence[Question], settings: Settings, *, engine: Generator | RemoteEngine, batch: int
+) -> None:
+    from gptoss_infer.remote import RemoteEngine
+
     prompter = Prompter(date=settings.date, header=settings.header)
     progress = _Progress(len(pending))
-    for start in range(0, len(pending), batch):
-        for question, prompt, result in _answers(engine, prompter, pending[start : start + batch], settings):
-            if isinstance(result, Exception):
-                record = _unanswered(question, prompt, settings, f"{type(result).__name__}: {result}")
-            else:
-                record = _answered(question, prompt, settings, result, prompter)
-            append(file, record)
-            progress.add(record)
+    if isinstance(engine, RemoteEngine):
+        answers = _served(engine, prompter, pending, settings)
+    else:
+        starts = range(0, len(pending), batch)
+        batches = (_answers(engine, prompter, pending[start : start + batch], settings) for start in starts)
+        answers = chain.from_iterable(batches)
+    for question, prompt, result in answers:
+        if isinstance(result, Exception):
+            record = _unanswered(question, prompt, settings, f"{type(result).__name__}: {result}")
+        else:
+            record = _answered(question, prompt, settings, result, prompter)
+        append(file, record)
+        progress.add(record)
     progress.finish()
 
 
-def _answers(
-    engine: Generator, prompter: Prompter, batch: Sequence[Question], settings: Settings
-) -> Iterator[tuple[Question, list[int], Completion | Exception]]:
+def _served(
+    engine: RemoteEngine, prompter: Prompter, pending: Sequence[Question], settings: Settings
+) -> Iterator[Answer]:
+    """Yield every question as its answer comes, so that one that takes long keeps no other from being asked or kept."""
+    prompts = [prompter.render(question) for question in pending]
+    params = [_params(question, settings) for question in pending]
+    with closing(engine.attempts(prompts, params, [prompter.chat(question) for question in pending])) as attempts:
+        for attempt in attempts:
+            yield pending[attempt.prompt_index], prompts[attempt.prompt_index], attempt.result
+
+
+def _params(question: Question, settings: Settings) -> SamplingParams:
+    from gptoss_infer.engine import SamplingParams
+
+    return SamplingParams(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=question.seed(settings.seed),
+    )
+
+
+def _answers(engine: Generator, prompter: Prompter, batch: Sequence[Question], settings: Settings) -> Iterator[Answer]:
     """Yield every question of a batch with its prompt and what became of it.
 
     Where the engine raises, the questions that it had not answered are asked one at a time, so that one bad prompt or a
     batch too large for the memory does not fail its neighbours.
     """
-    from gptoss_infer.engine import SamplingParams
-
     prompts = [prompter.render(question) for question in batch]
-    params = [
-        SamplingParams(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=question.seed(settings.seed),
-        )
-        for question in batch
-    ]
+    params = [_params(question, settings) for question in batch]
     answered = 0
     try:
         for completion in engine.generate(prompts, params):
@@ -118,8 +143,14 @@ def _answers(
 def _answered(
     question: Question, prompt: list[int], settings: Settings, completion: Completion, prompter: Prompter
 ) -> Record:
+    from gptoss_infer.remote import RemoteCompletion
+
     reading = prompter.read(question, completion)
     grade = reading.grade
+    counts = [len(prompt), len(completion.token_ids)]
+    if isinstance(completion, RemoteCompletion):  # in chat mode, neither prompt nor tokens are those of the server
+        served = (completion.prompt_tokens, completion.completion_tokens)
+        counts = [ours if theirs is None else theirs for ours, theirs in zip(counts, served, strict=True)]
     return replace(
         _unanswered(question, prompt, settings, grade.explanation if grade.outcome is Outcome.INFRA_ERROR else None),
         outcome=grade.outcome,
@@ -128,7 +159,8 @@ def _answered(
         well_formed=reading.well_formed,
         defects=reading.defects,
         finish_reason=completion.finish_reason,
-        completion_tokens=len(completion.token_ids),
+        prompt_tokens=counts[0],
+        completion_tokens=counts[1],
         messages=reading.messages,
         token_ids=list(completion.token_ids),
     )

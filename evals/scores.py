@@ -22,8 +22,9 @@ SCORES_VERSION = 1
 class Score:
     """The result of one task at one effort.
 
-    `accuracy`, `format_validity` and the token means are None where no sample was scored. `n_expected` is the number of
-    samples that the run asked for: questions times epochs.
+    `accuracy`, `format_validity` and the token means are None where no sample was scored, `format_validity` also where
+    a server took the answers apart. `n_expected` is the number of samples that the run asked for: questions times
+    epochs.
     """
 
     task: str
@@ -57,7 +58,8 @@ def score(records: Iterable[Record], *, task: str, effort: str, n_expected: int)
     chosen = [record for record in records if (record.task, record.effort) == (task, effort)]
     scored = [record for record in chosen if record.outcome is not Outcome.INFRA_ERROR]
     accuracy = _proportion([(record.sample_id, record.outcome is Outcome.CORRECT) for record in scored])
-    validity = _proportion([(record.sample_id, record.well_formed) for record in scored])
+    known = [(record.sample_id, record.well_formed) for record in scored if record.well_formed is not None]
+    validity = _proportion(known)
     counts = Counter(record.outcome for record in chosen)
     return Score(
         task=task,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evals.records import RUN_FILE, SAMPLES_FILE, SCORES_FILE, is_evaluation, read_json, write_json
-from evals.target import Target, fingerprint
+from evals.target import Served, Target
 from evals.task import Sample, Task, samples_sha256
 from gptoss_infer.errors import UsageError
 
@@ -32,6 +32,7 @@ class Settings:
 
     `date` is the one in the system message (None: no date line). `header` is text with control tokens that is put in
     front of every answer, for models that never saw harmony. `limit` takes the first samples of each task (None: all).
+    `dtype` is that of activations; a server has chosen its own.
     """
 
     efforts: tuple[Effort, ...]
@@ -43,7 +44,7 @@ class Settings:
     seed: int
     date: str | None
     header: str | None
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float32", "served"]
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -88,26 +89,19 @@ def questions(samples: dict[str, list[Sample]], tasks: Sequence[Task], settings:
 
 
 def describe_run(
-    target: Target,
+    target: Target | Served,
     tasks: Sequence[Task],
     samples: dict[str, list[Sample]],
     data: dict[str, Path],
     settings: Settings,
     device: str,
 ) -> dict[str, Any]:
-    """What `run.json` holds for a new run; reads the checkpoint once for its fingerprint."""
+    """What `run.json` holds for a new run."""
     return {
         "version": RUN_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": asdict(settings) | {"efforts": list(settings.efforts)},
-        "target": {
-            "given": target.given,
-            "variant": target.variant,
-            "checkpoint": str(target.checkpoint.resolve()),
-            "checkpoint_sha256": fingerprint(target.checkpoint),
-            "adapter": str(target.adapter.resolve()) if target.adapter else None,
-            "adapter_sha256": fingerprint(target.adapter) if target.adapter else None,
-        },
+        "target": target.describe(),
         "tasks": {
             task.name: {
                 "version": task.version,
@@ -157,8 +151,8 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     pairs = [
         *((name, _part(there, "settings", name), value) for name, value in here["settings"].items()),
         *(
-            (name, _part(there, "target", name), here["target"][name])
-            for name in ("checkpoint_sha256", "adapter_sha256")
+            (name, _part(there, "target", name), here["target"].get(name))
+            for name in ("checkpoint_sha256", "adapter_sha256", "server", "model", "mode", "tokens")
         ),
         ("tasks", sorted(there.get("tasks", {})), sorted(here["tasks"])),
         *(

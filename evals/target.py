@@ -1,7 +1,8 @@
-"""What is evaluated: a checkpoint directory, or one of the three models that a training run directory stands for.
+"""What is evaluated: a checkpoint directory, one of the three models that a training run directory stands for, or a
+model that a server runs.
 
 Used by `evals.runner`. A run directory has `recipe.yaml`, and `model/` (the exported checkpoint) or `adapter/` (over
-the base that the recipe names).
+the base that the recipe names). A server has an OpenAI-compatible base URL.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from gptoss_infer.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from gptoss_infer.remote import RemoteEngine
 
 Variant = Literal["model", "adapter", "base"]
 VARIANTS: tuple[Variant, ...] = ("model", "adapter", "base")
@@ -32,14 +36,58 @@ class Target:
     adapter: Path | None
     run: Path | None
 
+    @property
+    def name(self) -> str:
+        """What its evaluations are called by default."""
+        name = self.checkpoint.resolve().name
+        return f"{name}+{self.adapter.resolve().name}" if self.adapter else name
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` says of it; reads the checkpoint once for its fingerprint."""
+        return {
+            "given": self.given,
+            "variant": self.variant,
+            "checkpoint": str(self.checkpoint.resolve()),
+            "checkpoint_sha256": fingerprint(self.checkpoint),
+            "adapter": str(self.adapter.resolve()) if self.adapter else None,
+            "adapter_sha256": fingerprint(self.adapter) if self.adapter else None,
+        }
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that a server runs. What its weights are, nobody can check from here."""
+
+    engine: RemoteEngine
+
+    @property
+    def name(self) -> str:
+        """What its evaluations are called by default."""
+        return self.engine.model.replace("/", "--")
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` says of it: where it is asked and how, without the key."""
+        dialect = self.engine.dialect
+        return {
+            "given": str(self.engine.server.address),
+            "variant": "served",
+            "server": str(self.engine.server.address),
+            "model": self.engine.model,
+            "mode": dialect.mode,
+            "tokens": dialect.tokens,
+        }
+
+
+def is_url(given: str) -> bool:
+    """Whether a target is a server."""
+    return given.startswith(("http://", "https://"))
+
 
 def resolve(given: str, *, variant: Variant | None, adapter: str | None) -> Target:
     """The model that a command line means.
 
-    Raises: UsageError for a server, a missing directory or options that do not go with the target.
+    Raises: UsageError for a missing directory or options that do not go with the target.
     """
-    if given.startswith(("http://", "https://")):
-        raise UsageError(f"{given}: evaluating a server is not supported; give a checkpoint or a run directory")
     path = Path(given)
     if not path.is_dir():
         raise UsageError(f"{given}: no such directory; expected a checkpoint or a run directory")

@@ -5,6 +5,7 @@
     gptoss-infer convert gpt-oss-20b gpt-oss-20b-original --to original
     gptoss-infer convert runs/mine/model mine.gguf --to gguf
     gptoss-infer bench --shape 20b --batch 1,8,32
+    gptoss-infer probe http://localhost:8000/v1 --model openai/gpt-oss-20b
     gptoss-infer doctor
 
 Here are the command lines alone; what they do is imported when it is needed, so that `--help` is quick.
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -35,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     handlers = {
-        "generate": _generate, "inspect": _inspect, "convert": _convert, "bench": _bench, "doctor": _doctor,
+        "generate": _generate, "inspect": _inspect, "convert": _convert, "bench": _bench, "probe": _probe,
+        "doctor": _doctor,
     }  # fmt: skip
     return handlers[arguments.command](arguments)
 
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_convert(commands)
     _add_bench(commands)
+    _add_probe(commands)
     doctor = _add(
         commands, "doctor", "say what this machine can do, and what to do about what it cannot", "gptoss-infer doctor"
     )
@@ -74,7 +77,9 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         "answer one prompt: the final message on stdout, reasoning on stderr",
         "gptoss-infer generate openai/gpt-oss-20b 'Why is the sky blue?' --effort low --max-tokens 512",
     )
-    _add_checkpoint(generate)
+    generate.add_argument(
+        "checkpoint", metavar="CKPT", help="checkpoint directory, hub id[@revision], or a server's URL with --model"
+    )
     generate.add_argument("prompt", help="what the user says")
     generate.add_argument("--system", metavar="TEXT", help="instructions, put into harmony's developer message")
     generate.add_argument("--effort", choices=("low", "medium", "high"), default="medium", help="of reasoning (medium)")
@@ -95,11 +100,27 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
     generate.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (bfloat16)"
     )
+    _add_server(generate)
     generate.add_argument("--show-analysis", action="store_true", help="print reasoning even if stderr is no terminal")
     form = generate.add_mutually_exclusive_group()
     form.add_argument("--raw", action="store_true", help="print the tokens as text, special ones included")
     form.add_argument("--json", action="store_true", help="print one JSON object per sample")
     generate.add_argument("--logprobs", action="store_true", help="with --json: log-probability of each token")
+
+
+def _add_server(command: argparse.ArgumentParser) -> None:
+    """Options that go with the base URL of an OpenAI-compatible server."""
+    command.add_argument("--model", metavar="NAME", help="what the server at the URL calls the model")
+    command.add_argument(
+        "--mode", choices=("raw", "chat"),
+        help="raw: our own prompt tokens; chat: messages, which the server renders (default: raw if it can)",
+    )  # fmt: skip
+    command.add_argument(
+        "--api-key-env", metavar="VARIABLE", help="environment variable with the server's key (default: none is sent)"
+    )
+    command.add_argument(
+        "--timeout", type=float, default=3600.0, metavar="S", help="seconds for one request's answer (3600)"
+    )
 
 
 def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -170,8 +191,46 @@ def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
     bench.add_argument("--json", action="store_true", help="print one JSON object per case instead of a table")
 
 
+def _add_probe(commands: Commands[argparse.ArgumentParser]) -> None:
+    probe = _add(
+        commands,
+        "probe",
+        "find out what an OpenAI-compatible server does otherwise than the engine here",
+        "gptoss-infer probe http://localhost:8000/v1 --model openai/gpt-oss-20b --against openai/gpt-oss-20b",
+    )
+    probe.add_argument("url", metavar="URL", help="base of the server, such as http://localhost:8000/v1")
+    _add_server(probe)
+    probe.add_argument(
+        "--against", metavar="CKPT", help="the checkpoint that it runs: compare tokens with our engine's"
+    )
+    probe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of --against (auto)")
+    probe.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of --against (bfloat16)")
+    probe.add_argument("--json", action="store_true", help="print the result as JSON only")
+
+
 def _generate(arguments: argparse.Namespace) -> int:
-    prompt, params = _prompt_and_params(arguments)
+    chat, prompt, params = _prompt_and_params(arguments)
+    ask = _ask_server if _is_url(arguments.checkpoint) else _ask_engine
+    completions = ask(arguments, chat, prompt, params)
+    start = time.perf_counter()
+    num_tokens = 0
+    for completion in completions:
+        num_tokens += len(completion.token_ids)
+        _print_sample(completion, arguments)
+    elapsed = time.perf_counter() - start
+    print(f"{num_tokens} tokens in {elapsed:.1f} s ({num_tokens / elapsed:.1f} tokens/s)", file=sys.stderr)
+    return 0
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def _ask_engine(
+    arguments: argparse.Namespace, chat: dict[str, Any], prompt: list[int], params: SamplingParams
+) -> Iterator[Completion]:
+    if arguments.model is not None or arguments.mode is not None or arguments.api_key_env is not None:
+        raise UsageError("--model, --mode and --api-key-env go with a server's URL, such as http://localhost:8000/v1")
 
     import torch
 
@@ -184,17 +243,36 @@ def _generate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=torch.float32 if arguments.dtype == "float32" else torch.bfloat16,
     )
-    start = time.perf_counter()
-    num_tokens = 0
-    for completion in engine.generate([prompt], params):
-        num_tokens += len(completion.token_ids)
-        _print_sample(completion, arguments)
-    elapsed = time.perf_counter() - start
-    print(f"{num_tokens} tokens in {elapsed:.1f} s ({num_tokens / elapsed:.1f} tokens/s)", file=sys.stderr)
-    return 0
+    return engine.generate([prompt], params)
 
 
-def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], SamplingParams]:
+def _ask_server(
+    arguments: argparse.Namespace, chat: dict[str, Any], prompt: list[int], params: SamplingParams
+) -> Iterator[Completion]:
+    if arguments.adapter is not None or arguments.device != "auto" or arguments.dtype != "bfloat16":
+        raise UsageError("--adapter, --device and --dtype go with a checkpoint; a server has chosen them for itself")
+
+    from gptoss_infer.remote import RemoteEngine
+
+    engine = RemoteEngine.connect(
+        arguments.checkpoint,
+        _model_name(arguments),
+        mode=arguments.mode,
+        key_variable=arguments.api_key_env,
+        timeout_s=arguments.timeout,
+    )
+    if engine.dialect.mode == "chat" and arguments.date is not None:
+        raise UsageError("--date cannot be told in chat mode, where the server renders the prompt; leave it out")
+    return engine.generate([prompt], params, [chat])
+
+
+def _model_name(arguments: argparse.Namespace) -> str:
+    if arguments.model is None:
+        raise UsageError("a server's URL needs --model NAME, the name that the server lists under /models")
+    return str(arguments.model)
+
+
+def _prompt_and_params(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[int], SamplingParams]:
     """Check all that can be wrong before gigabytes are loaded."""
     if arguments.logprobs and not arguments.json:
         raise UsageError("--logprobs goes with --json; there is no place for them in plain text")
@@ -223,11 +301,10 @@ def _prompt_and_params(arguments: argparse.Namespace) -> tuple[list[int], Sampli
     messages = [{"role": "user", "content": arguments.prompt}]
     if arguments.system is not None:
         messages.insert(0, {"role": "system", "content": arguments.system})
-    conversation = harmony.conversation_from_chat(
-        {"messages": messages}, date=arguments.date, reasoning_effort=arguments.effort
-    )
+    chat = {"messages": messages, "reasoning_effort": arguments.effort}
+    conversation = harmony.conversation_from_chat(chat, date=arguments.date)
     told = None if schema is None else harmony.ResponseFormat(schema.text)
-    return harmony.render(replace(conversation, response_format=told), completion=True).token_ids, params
+    return chat, harmony.render(replace(conversation, response_format=told), completion=True).token_ids, params
 
 
 def _read_json(path: Path) -> Any:
@@ -406,6 +483,33 @@ def _numbers(name: str, text: str) -> list[int]:
     if min(numbers) < 1:
         raise UsageError(f"{name} is {text!r}; every number must be at least 1")
     return numbers
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    model = _model_name(arguments)
+
+    from gptoss_infer import probe
+    from gptoss_infer.client import Address, Server, key_from
+    from gptoss_infer.engine import Engine
+    from gptoss_infer.loading import DTYPES
+
+    server = Server(Address.parse(arguments.url), key_from(arguments.api_key_env), timeout_s=arguments.timeout)
+    ours = None
+    if arguments.against is not None:
+        print(f"loading {arguments.against}", file=sys.stderr)
+        dtype = DTYPES[arguments.dtype]
+        ours = Engine.from_checkpoint(arguments.against, device=arguments.device, dtype=dtype, max_batch=4)
+    checks = []
+    for check in probe.probe(server, model, mode=arguments.mode, ours=ours):
+        checks.append(check)
+        for line in () if arguments.json else probe.lines(check):
+            print(line, flush=True)
+    if arguments.json:
+        print(json.dumps([asdict(check) | {"failed": check.failed} for check in checks]))
+    failed = [check.name for check in checks if check.failed]
+    if failed:
+        print(f"evaluations by this server would be wrong: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -57,7 +57,9 @@ class TransformersEngine:
             raise MachineError(f"transformers cannot be imported ({error}); pip install transformers") from error
         config = GptOssConfig.from_pretrained(opened.directory)
         config.pad_token_id = None  # nothing is trained here; where a config names none, one outside of it is assumed
-        quantization = {"quantization_config": Mxfp4Config(dequantize=True)} if opened.experts == "mxfp4" else {}
+        quantization: dict[str, Any] = {}
+        if opened.experts == "mxfp4":
+            quantization["quantization_config"] = Mxfp4Config(dequantize=True)
         model: Any = GptOssForCausalLM.from_pretrained(
             opened.directory,
             config=config,

@@ -125,7 +125,7 @@ def lines(check: Check) -> Iterator[str]:
     """Yield a finding as text."""
     yield f"{check.status:<8} {check.name:<28} {check.finding}"
     if check.meaning:
-        yield f"{'':<37} {'needed: ' if check.failed else ''}{check.meaning}"
+        yield f"{'':<37} {'evaluations rely on it: ' if check.failed else ''}{check.meaning}"
 
 
 class _Asker:
@@ -183,12 +183,14 @@ def _rendering(chat: _Asker, record: Chat) -> _Result:
         if count == len(ours):
             return _Result("ok", f"as many tokens as ours ({count}); which ones is not told")
         same_as_dated, finding = count == len(dated), f"{count} tokens, ours has {len(ours)}"
+        as_dated = f"{finding}: as many as with a line Current date"
     else:
         if ids == ours:
             return _Result("ok", f"our {len(ours)} tokens")
         same_as_dated, finding = ids == dated, _first_difference(ours, ids)
+        as_dated = f"ours with the line Current date: {today}"
     if same_as_dated:
-        return _Result("differs", f"as ours with the line Current date: {today}", "the prompt changes every day")
+        return _Result("differs", as_dated, "the prompt changes every day, and with it the answers")
     return _Result("differs", finding, "scores are those of another prompt than ours")
 
 

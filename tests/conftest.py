@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from safetensors.torch import save_file
 from gptoss_infer.adapter import Adapter, Factors, Target, zero_like
 from gptoss_infer.checkpoint.layouts import expected_shapes
 from gptoss_infer.config import ModelConfig, RopeConfig, to_hf_json
+
+if TYPE_CHECKING:
+    from gptoss_infer.engine import Engine
 
 # Tensors are tiny here: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -67,6 +71,22 @@ def write_tiny(directory: Path, config: ModelConfig, experts: str = "mxfp4", see
     config_json = to_hf_json(config, quantized=experts == "mxfp4")
     (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
     return directory
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that speaks harmony: see `speaker`."""
+    from speaker import write_speaker
+
+    return write_speaker(tmp_path_factory.mktemp("speaker") / "model")
+
+
+@pytest.fixture(scope="session")
+def speaker_engine(speaker: Path) -> Engine:
+    """Our engine with it, in fp32; what it says depends on prompt and seed alone."""
+    from gptoss_infer.engine import Engine
+
+    return Engine.from_checkpoint(str(speaker), device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture

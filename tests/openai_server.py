@@ -18,7 +18,7 @@ from gptoss_infer import harmony
 from gptoss_infer.engine import Completion, Engine, SamplingParams
 from gptoss_infer.harmony.vocabulary import FIRST_SPECIAL, encoding
 
-Fault = Callable[["Handler"], None]
+Fault = Callable[["Handler"], object]  # returns something true if the answer is still to be given
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Behaviour:
     key: str | None = None
     faults: list[Fault] = field(default_factory=list)  # each takes the place of one answer
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    under_way: int = 0
+    most_under_way: int = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,10 +63,19 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             does.requests.append((self.path, body))
+            does.under_way += 1
+            does.most_under_way = max(does.most_under_way, does.under_way)
             fault = does.faults.pop(0) if does.faults else None
-        if fault is not None:
-            fault(self)
-        elif does.key is not None and self.headers["Authorization"] != f"Bearer {does.key}":
+        try:
+            if fault is None or fault(self):
+                self.respond(body)
+        finally:
+            with self.server.lock:
+                does.under_way -= 1
+
+    def respond(self, body: dict[str, Any]) -> None:
+        does = self.server.does
+        if does.key is not None and self.headers["Authorization"] != f"Bearer {does.key}":
             self.reply(401, {"error": {"message": f"wrong key {self.headers['Authorization']}"}})
         elif any(name in body and value in (None, body[name]) for name, value in does.refuses):
             self.reply(422, {"detail": [{"msg": "extra fields not permitted"}]})
@@ -198,6 +209,11 @@ def hang(seconds: float) -> Fault:
         handler.close_connection = True
 
     return fault
+
+
+def slow(seconds: float) -> Fault:
+    """Answer late."""
+    return lambda _: time.sleep(seconds) or True
 
 
 def cut(handler: Handler) -> None:

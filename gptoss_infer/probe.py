@@ -33,6 +33,7 @@ from gptoss_infer.remote import Found, RemoteEngine, discover
 Status = Literal["ok", "differs", "unknown"]
 CONCURRENCY = 4
 NUM_SEEDS = 6
+NATURAL_TOKENS = 512  # in which a model at low effort answers a question, or calls a tool
 # Logits between 16 and 32 are 0.125 apart in bf16: a token that wins by less than two steps may lose elsewhere.
 ROUNDING_NATS = 0.25
 FILTER_TOKENS = 40  # llama.cpp's and Ollama's top_k where none is asked for
@@ -238,7 +239,7 @@ def _stops(asker: _Asker, token: int, record: Chat) -> _Result:
             return _Result("ok", "when forced to write it, which is returned")
         if forced.token_ids == [token]:
             return _Result("differs", "when forced to write it, the server goes on", "answers run on to max_tokens")
-    (natural,) = asker.completions(record, SamplingParams(max_tokens=512))
+    (natural,) = asker.completions(record, SamplingParams(max_tokens=NATURAL_TOKENS))
     if natural.finish_reason != "stop" or natural.token_ids[-1] != token:
         end = harmony.decode(natural.token_ids[-1:])
         return _Result(

@@ -33,12 +33,14 @@ Chat = Mapping[str, Any]  # a record as `harmony.conversation_from_chat` reads i
 _OFF: Final = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
 _IDS: Final = {"return_token_ids": True, "return_tokens": True, "verbose": True}
 _TEXT: Final = {"skip_special_tokens": False, "spaces_between_special_tokens": False, "no_stop_trim": True}
-Extras = Literal["all", "top_k 0", "none", "template"]
+Extras = Literal["all", "top_k 0", "both efforts", "template's effort", "none"]
 EXTRAS: Final[Mapping[Extras, Mapping[str, Any]]] = {
     "all": _OFF | _IDS,
     "top_k 0": _OFF | _IDS | {"top_k": 0},
+    # Without these, there is still the choice of where to say the effort.
+    "both efforts": {},
+    "template's effort": {},
     "none": {},
-    "template": {},  # as none, with the effort as an argument of the chat template
 }
 _LARGEST_SEED = 2**31 - 1  # the narrowest type that a server keeps seeds in
 
@@ -97,7 +99,7 @@ def completion_body(
     Raises: UsageError for a prompt whose text would be read as other tokens, where the server takes text alone.
     """
     body = _body(dialect, model, params, sample)
-    if dialect.extras not in ("none", "template"):
+    if EXTRAS[dialect.extras]:
         body |= _TEXT | {"stop_token_ids": list(params.stop_token_ids)}
     if params.logprobs:
         body["logprobs"] = 1
@@ -116,7 +118,7 @@ def chat_body(dialect: Dialect, model: str, chat: Chat, params: SamplingParams, 
     """What asks /chat/completions for one sample of a conversation."""
     body = _body(dialect, model, params, sample) | {"messages": [_message(m) for m in chat["messages"]]}
     effort = chat.get("reasoning_effort")
-    if effort is not None and dialect.extras != "template":
+    if effort is not None and dialect.extras != "template's effort":
         body["reasoning_effort"] = effort
     if effort is not None and dialect.extras != "none":
         body["chat_template_kwargs"] = {"reasoning_effort": effort}

@@ -175,31 +175,32 @@ def _run(name: str, check: Callable[[], _Result], *, relied_on: bool = True) -> 
 def _rendering(chat: _Asker, record: Chat) -> _Result:
     """Compare the prompt that the server renders with ours, by its tokens or at least by their number."""
     answer = chat.answer(record, SamplingParams(max_tokens=1))
-    ids, today = prompt_ids(answer), datetime.date.today().isoformat()
-    ours, dated = rendered(record), rendered(record, today)
-    if ids is None:
-        count = prompt_count(answer)
-        if count is None:
-            return _Result("unknown", "the server tells neither its prompt nor the number of its tokens")
-        if count == len(ours):
-            return _Result("ok", f"as many tokens as ours ({count}); which ones is not told")
-        same_as_dated, finding = count == len(dated), f"{count} tokens, ours has {len(ours)}"
-        as_dated = f"{finding}: as many as with a line Current date"
-    else:
+    ids, count = prompt_ids(answer), prompt_count(answer)
+    line = f"with the line Current date: {datetime.date.today().isoformat()}"
+    daily = "the prompt changes every day, and with it the answers"
+    ours, dated = rendered(record), rendered(record, datetime.date.today().isoformat())
+    if ids is not None:
         if ids == ours:
             return _Result("ok", f"our {len(ours)} tokens")
-        same_as_dated, finding = ids == dated, _first_difference(ours, ids)
-        as_dated = f"ours with the line Current date: {today}"
-    if same_as_dated:
-        return _Result("differs", as_dated, "the prompt changes every day, and with it the answers")
-    return _Result("differs", finding, "scores are those of another prompt than ours")
+        if ids == dated:
+            return _Result("differs", f"ours {line}", daily)
+        has_date = _common(dated, ids) > _common(ours, ids)
+        finding = _first_difference(dated if has_date else ours, ids)
+        return _Result("differs", f"{finding}{f', {line}' if has_date else ''}", "scores are those of another prompt")
+    if count is None:
+        return _Result("unknown", "the server tells neither its prompt nor the number of its tokens")
+    if count == len(ours):
+        return _Result("ok", f"as many tokens as ours ({count}); which ones is not told")
+    if count == len(dated):
+        return _Result("differs", f"{count} tokens, as many as ours {line}", daily)
+    return _Result("differs", f"{count} tokens, ours has {len(ours)}", "scores are those of another prompt")
 
 
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
-    """Where two token sequences part, with some text around."""
+def _first_difference(ours: Sequence[int], theirs: Sequence[int], name: str = "ours") -> str:
+    """Where two token sequences part, with some text around; `name` is what the first one is called."""
     at = _common(ours, theirs)
     mine, other = (harmony.decode(ids[max(0, at - 2) : at + 6]) for ids in (ours, theirs))
-    return f"{len(theirs)} tokens, ours has {len(ours)}; they part at token {at}: {other!r}, ours {mine!r}"
+    return f"{len(theirs)} tokens, {name} has {len(ours)}; they part at token {at}: {other!r}, {name} {mine!r}"
 
 
 def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
@@ -265,7 +266,7 @@ def _greedy(asker: _Asker) -> _Result:
     first, second = asker.ids(QUESTION, params), asker.ids(QUESTION, params)
     if first == second:
         return _Result("ok", f"{len(first)} tokens, twice the same")
-    return _Result("differs", _first_difference(first, second), "roundings depend on what else the server computes")
+    return _Result("differs", _first_difference(first, second, "the first"), "roundings depend on the server's batch")
 
 
 def _same_seed(asker: _Asker) -> _Result:
@@ -273,7 +274,7 @@ def _same_seed(asker: _Asker) -> _Result:
     first, second = asker.ids(QUESTION, params), asker.ids(QUESTION, params)
     if first == second:
         return _Result("ok", f"{len(first)} tokens, twice the same")
-    return _Result("differs", _first_difference(first, second), "a run cannot be repeated exactly")
+    return _Result("differs", _first_difference(first, second, "the first"), "a run cannot be repeated exactly")
 
 
 def _other_seeds(asker: _Asker) -> _Result:

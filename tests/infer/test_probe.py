@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -91,7 +92,17 @@ def test_a_rendering_is_compared_by_number_where_tokens_are_not_shown(speaker_en
     silent = findings(speaker_engine, Behaviour(usage=False))
     assert silent["chat: rendering"].status == "unknown"
     dated = findings(speaker_engine, Behaviour(date="2024-02-29"))
-    assert dated["chat: rendering"].finding.endswith("as many as with a line Current date")
+    assert "tokens, as many as ours with the line Current date: " in dated["chat: rendering"].finding
+
+
+def test_a_template_that_adds_the_date_of_today_is_named_and_what_else_it_changes_too(speaker_engine: Engine) -> None:
+    today = datetime.date.today().isoformat()  # the very small chance that it changes while this runs is accepted
+    does = Behaviour(chat_answers="token_ids", date=today)
+    assert findings(speaker_engine, does)["chat: rendering"].finding == f"ours with the line Current date: {today}"
+    does = Behaviour(chat_answers="token_ids", date=today, effort=False)
+    finding = findings(speaker_engine, does)["chat: rendering"].finding
+    assert finding.endswith(f", with the line Current date: {today}")
+    assert "' medium" in finding.partition("they part at token")[2]
 
 
 def test_where_a_token_cannot_be_forced_its_end_is_looked_for_in_an_answer(

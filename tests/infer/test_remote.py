@@ -71,10 +71,14 @@ def connected(engine: Engine, does: Behaviour, **options: Any) -> Iterator[tuple
         (Behaviour(answers="stripped", biases=False), PARTS),
         (Behaviour(completions=False), PARTS),
         (Behaviour(completions=False, chat_answers="token_ids"), replace(PARTS, tokens="ids")),
-        (Behaviour(completions=False, refuses=(("top_k", None),)), replace(PARTS, extras="none")),
+        (Behaviour(completions=False, refuses=(("top_k", None),)), replace(PARTS, extras="both efforts")),
         (
             Behaviour(completions=False, refuses=(("top_k", None), ("reasoning_effort", None))),
-            replace(PARTS, extras="template"),
+            replace(PARTS, extras="template's effort"),
+        ),
+        (
+            Behaviour(completions=False, refuses=(("top_k", None), ("chat_template_kwargs", None))),
+            replace(PARTS, extras="none"),
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, Dialect) else "",

@@ -42,7 +42,7 @@ EXTRAS: Final[Mapping[Extras, Mapping[str, Any]]] = {
     "template's effort": {},
     "none": {},
 }
-_LARGEST_SEED = 2**31 - 1  # the narrowest type that a server keeps seeds in
+_NUM_SEEDS = 2**32 - 1  # llama.cpp keeps 32 bits, the largest of which stands for a random seed
 
 _FINISH: Final[Mapping[str, FinishReason]] = {
     "stop": "stop", "eos": "stop", "tool_calls": "stop", "function_call": "stop",
@@ -135,7 +135,7 @@ def _body(dialect: Dialect, model: str, params: SamplingParams, sample: int) -> 
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "top_p": params.top_p,
-        "seed": (params.seed + sample) % _LARGEST_SEED,
+        "seed": (params.seed + sample) % _NUM_SEEDS,
         **EXTRAS[dialect.extras],
     }
     wanted = {name: value for name, value in (("top_k", params.top_k), ("min_p", params.min_p)) if value}

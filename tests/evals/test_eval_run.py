@@ -193,11 +193,6 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_server_is_refused_as_a_target() -> None:
-    with pytest.raises(UsageError, match="evaluating a server is not supported"):
-        resolve("http://localhost:8000/v1", variant=None, adapter=None)
-
-
 def test_a_run_directory_stands_for_three_models(tmp_path: Path) -> None:
     run_directory, base = tmp_path / "run", tmp_path / "base"
     for folder in (base, run_directory / "model", run_directory / "adapter"):

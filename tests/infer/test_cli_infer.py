@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, write_tiny
+from openai_server import Behaviour, serving
 
 from gptoss_infer import doctor, harmony
 from gptoss_infer.__main__ import main
@@ -20,7 +21,7 @@ from gptoss_infer.checkpoint import Checkpoint
 from gptoss_infer.engine import Completion, Engine, SamplingParams
 from gptoss_infer.errors import run_command
 
-COMMANDS = ("generate", "inspect", "convert", "doctor")
+COMMANDS = ("generate", "inspect", "convert", "probe", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,53 @@ def test_generate_prints_the_engines_tokens_for_the_rendered_prompt(
 
     assert run("generate", tiny_harmony_checkpoint, *prompt, *options, "--raw") == 0
     assert capsys.readouterr().out == harmony.decode(expected[0].token_ids) + "\n"
+
+
+def test_generate_by_a_server_prints_what_generate_by_its_checkpoint_does(
+    speaker: Path, speaker_engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ("What?", "--system", "Be kind.", "--effort", "low", "--seed", 5, "--n", 3, "--json")
+    assert run("generate", speaker, *prompt, "--dtype", "float32", "--device", "cpu", "--logprobs") == 0
+    own = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    with serving(speaker_engine, Behaviour()) as url:
+        assert run("generate", url, *prompt, "--model", "tiny", "--logprobs") == 0
+        out, err = capsys.readouterr()
+        served = [json.loads(line) for line in out.splitlines()]
+        assert f"tiny at {url}, raw mode" in err
+        assert run("generate", url, *prompt, "--model", "tiny", "--mode", "chat") == 0
+        chat = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for sample, other in zip(own, served, strict=True):
+        assert sample.pop("logprobs") == pytest.approx(other.pop("logprobs"), abs=1e-5)  # n samples share a batch here
+    assert own == served == chat
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["http://127.0.0.1:9/v1"], 2, "needs --model NAME"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--adapter", "x"], 2, "go with a checkpoint"),
+        (["http://127.0.0.1:9/v1", "--model", "m", "--dtype", "float32"], 2, "go with a checkpoint"),
+        (["./never-looked-at", "--model", "m"], 2, "go with a server's URL"),
+        (["./never-looked-at", "--mode", "chat"], 2, "go with a server's URL"),
+        (["http://127.0.0.1:9/v1", "--model", "m"], 3, "is the server up?"),
+    ],
+)
+def test_options_that_do_not_go_with_a_server_or_a_checkpoint_are_refused(
+    argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptoss_infer.client.random.uniform", lambda *_: 0.0)
+    assert run("generate", argv[0], "Why?", *argv[1:]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+def test_a_date_that_a_server_cannot_be_told_is_refused(
+    speaker_engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(speaker_engine, Behaviour(completions=False)) as url:
+        assert run("generate", url, "Why?", "--model", "tiny", "--date", "2025-06-28") == 2
+    assert "--date cannot be told in chat mode" in capsys.readouterr().err
 
 
 ANSWER = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Because.<|return|>"

@@ -147,10 +147,11 @@ def test_filters_that_servers_have_by_default_are_switched_off() -> None:
         completion_body(replace(RAW, extras="none"), "tiny", PROMPTS[0], replace(GREEDY, top_k=7), 0)
 
 
-def test_seeds_fit_into_31_bits_and_stay_apart() -> None:
-    seeds = [completion_body(RAW, "m", [1], replace(GREEDY, seed=2**32 - 1), sample)["seed"] for sample in range(3)]
+def test_seeds_are_the_engines_and_fit_into_32_bits_without_the_one_that_llama_cpp_takes_as_random() -> None:
+    assert [completion_body(RAW, "m", [1], replace(GREEDY, seed=7), sample)["seed"] for sample in (0, 2)] == [7, 9]
+    seeds = [completion_body(RAW, "m", [1], replace(GREEDY, seed=2**32 - 2), sample)["seed"] for sample in range(3)]
     assert len(set(seeds)) == 3
-    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert all(0 <= seed < 2**32 - 1 for seed in seeds)
 
 
 def test_failures_that_pass_change_nothing_and_are_told(speaker_engine: Engine) -> None:

@@ -32,7 +32,8 @@ from gptoss_infer.remote import Found, RemoteEngine, discover
 
 Status = Literal["ok", "differs", "unknown"]
 CONCURRENCY = 4
-NUM_SEEDS = 6
+GREEDY_TOKENS = 48
+NUM_SEEDS, SEED_TOKENS = 6, 24
 NATURAL_TOKENS = 512  # in which a model at low effort answers a question, or calls a tool
 # Logits between 16 and 32 are 0.125 apart in bf16: a token that wins by less than two steps may lose elsewhere.
 ROUNDING_NATS = 0.25
@@ -262,7 +263,7 @@ def _limit(asker: _Asker) -> _Result:
 
 
 def _greedy(asker: _Asker) -> _Result:
-    params = SamplingParams(max_tokens=48)
+    params = SamplingParams(max_tokens=GREEDY_TOKENS)
     first, second = asker.ids(QUESTION, params), asker.ids(QUESTION, params)
     if first == second:
         return _Result("ok", f"{len(first)} tokens, twice the same")
@@ -270,7 +271,7 @@ def _greedy(asker: _Asker) -> _Result:
 
 
 def _same_seed(asker: _Asker) -> _Result:
-    params = SamplingParams(max_tokens=48, temperature=1.0, seed=7)
+    params = SamplingParams(max_tokens=GREEDY_TOKENS, temperature=1.0, seed=7)
     first, second = asker.ids(QUESTION, params), asker.ids(QUESTION, params)
     if first == second:
         return _Result("ok", f"{len(first)} tokens, twice the same")
@@ -278,7 +279,7 @@ def _same_seed(asker: _Asker) -> _Result:
 
 
 def _other_seeds(asker: _Asker) -> _Result:
-    params = SamplingParams(max_tokens=24, temperature=1.5, n=NUM_SEEDS)
+    params = SamplingParams(max_tokens=SEED_TOKENS, temperature=1.5, n=NUM_SEEDS)
     answers = {tuple(one.token_ids) for one in asker.completions(QUESTION, params)}
     finding = f"{len(answers)} different answers to {NUM_SEEDS} seeds at temperature 1.5"
     if len(answers) > 1:
@@ -311,7 +312,7 @@ def _our_tokens(asker: _Asker, ours: Engine) -> _Result:
     if asker.mode == "chat":
         return _Result("unknown", "tokens can be compared in raw mode alone")
     prompts = [rendered(record) for record in (QUESTION, TOOL_QUESTION, LONG_QUESTION)]
-    params = SamplingParams(max_tokens=48)
+    params = SamplingParams(max_tokens=GREEDY_TOKENS)
     mine, others = list(ours.generate(prompts, params)), list(asker.engine.generate(prompts, params))
     partings = []
     for number, (prompt, one, other) in enumerate(zip(prompts, mine, others, strict=True)):

@@ -26,6 +26,7 @@ from gptoss_infer.harmony import (
     decode,
     encode,
     render,
+    render_answer,
     training_samples,
 )
 from gptoss_infer.harmony.vocabulary import encoding
@@ -367,3 +368,27 @@ def test_a_sample_ends_with_the_models_last_word() -> None:
     chat = {**TOOL_CHAT, "messages": TOOL_CHAT["messages"][:3]}
     (sample,) = training_samples(conversation_from_chat(chat, date=None))
     assert sample.token_ids[-1] == CALL
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (Message("assistant", "Yes.", channel="final"),),
+        (Message("assistant", "Hm.", channel="analysis"), Message("assistant", "<|end|>", channel="final")),
+        (
+            Message("assistant", "Look.", channel="commentary"),
+            Message("assistant", "{}", "commentary", "functions.f", "<|constrain|>json"),
+        ),
+    ],
+)
+def test_an_answer_is_what_a_turn_is_trained_on_behind_the_header(messages: tuple[Message, ...]) -> None:
+    asked = Conversation((Message("user", "Well?"),))
+    whole = render(dataclasses.replace(asked, messages=asked.messages + messages)).token_ids
+    prompt = render(asked, completion=True).token_ids
+    assert prompt + render_answer(messages) == whole
+
+
+def test_an_answer_that_broke_off_has_no_end_token_and_none_is_an_end_token_alone() -> None:
+    last = Message("assistant", "So far", channel="analysis", complete=False)
+    assert decode(render_answer([last])) == "<|channel|>analysis<|message|>So far"
+    assert render_answer([]) == [RETURN]

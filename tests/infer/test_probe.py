@@ -102,13 +102,10 @@ def test_a_template_that_adds_the_date_of_today_is_named_and_what_else_it_change
     does = Behaviour(chat_answers="token_ids", date=today, effort=False)
     finding = findings(speaker_engine, does)["chat: rendering"].finding
     assert finding.endswith(f", with the line Current date: {today}")
-    assert "' medium" in finding.partition("they part at token")[2]
+    assert ": medium" in finding.partition("they part at token")[2]
 
 
-def test_where_a_token_cannot_be_forced_its_end_is_looked_for_in_an_answer(
-    speaker_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probe, "NATURAL_TOKENS", 40)
+def test_where_a_token_cannot_be_forced_its_end_is_looked_for_in_an_answer(speaker_engine: Engine) -> None:
     checks = findings(speaker_engine, Behaviour(biases=False))
     assert checks["raw: stops at <|return|>"].status == "ok"
     assert "by itself" in checks["raw: stops at <|return|>"].finding
@@ -142,6 +139,13 @@ def random_engine(directory: Path, seed: int) -> Engine:
     return Engine(gi.load(directory, device="cpu", dtype=torch.float32))
 
 
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "GREEDY_TOKENS", 12)
+    monkeypatch.setattr(probe, "SEED_TOKENS", 6)
+    monkeypatch.setattr(probe, "NATURAL_TOKENS", 40)
+
+
 @pytest.fixture(scope="module")
 def unsure(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return random_engine(tmp_path_factory.mktemp("unsure") / "model", 0)
@@ -149,7 +153,7 @@ def unsure(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 def test_the_same_model_says_our_tokens_and_draws_from_our_distribution(unsure: Engine) -> None:
     checks = findings(unsure, Behaviour(chat=False), ours=unsure)
-    assert checks["our greedy tokens"] == Check("our greedy tokens", "ok", "all 144 tokens of 3 prompts", "", True)
+    assert checks["our greedy tokens"] == Check("our greedy tokens", "ok", "all 36 tokens of 3 prompts", "", True)
     assert "24 of 24 samples" in checks["our distribution"].finding
     assert checks["our distribution"].status == "ok"
 
@@ -164,7 +168,7 @@ def test_a_near_tie_that_roundings_decide_is_no_failure(unsure: Engine, tmp_path
     ours = random_engine(tmp_path / "ours", 0)
     noise = torch.randn(ours.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours.model.lm_head.weight.mul_(1 + 0.02 * noise)  # logits of about unit size move by 0.02
+        ours.model.lm_head.weight.mul_(1 + 0.04 * noise)  # logits of about unit size move by 0.04
     check = findings(unsure, Behaviour(chat=False), ours=ours)["our greedy tokens"]
     assert (check.status, check.failed) == ("differs", False)
     assert check.meaning == "a near tie, which roundings decide"

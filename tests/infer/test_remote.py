@@ -19,7 +19,7 @@ from openai_server import Behaviour, body, cut, hang, serving, slow, status
 from gptoss_infer import harmony
 from gptoss_infer.client import ServerError
 from gptoss_infer.dialect import Dialect, completion_body, read_completion
-from gptoss_infer.engine import Engine, SamplingParams
+from gptoss_infer.engine import Completion, Engine, SamplingParams
 from gptoss_infer.errors import UsageError
 from gptoss_infer.harmony.vocabulary import encoding
 from gptoss_infer.remote import RemoteCompletion, RemoteEngine
@@ -40,6 +40,11 @@ def rendered(record: dict[str, Any]) -> list[int]:
 
 CHATS = [chat("Say yes."), chat("What is it?", "high"), chat("Sun or moon?", "medium")]
 PROMPTS = [rendered(one) for one in CHATS]
+
+
+@pytest.fixture(scope="module")
+def own_samples(speaker_engine: Engine) -> list[Completion]:
+    return list(speaker_engine.generate(PROMPTS, SAMPLED))
 
 
 @contextmanager
@@ -84,13 +89,13 @@ def connected(engine: Engine, does: Behaviour, **options: Any) -> Iterator[tuple
     ids=lambda value: str(value) if isinstance(value, Dialect) else "",
 )
 def test_the_most_faithful_dialect_is_found_and_gives_the_engines_own_tokens(
-    speaker_engine: Engine, does: Behaviour, expected: Dialect
+    speaker_engine: Engine, own_samples: list[Completion], does: Behaviour, expected: Dialect
 ) -> None:
     with connected(speaker_engine, does) as (remote, told):
         assert remote.dialect == expected
         assert told == [f"tiny at {remote.server.address}, {expected}"]
         found = list(remote.generate(PROMPTS, SAMPLED, CHATS))
-    own = list(speaker_engine.generate(PROMPTS, SAMPLED))
+    own = own_samples
     assert [one.token_ids for one in found] == [one.token_ids for one in own]
     assert [one.finish_reason for one in found] == [one.finish_reason for one in own]
     assert [(one.prompt_index, one.sample_index) for one in found] == [(p, s) for p in range(3) for s in range(6)]
@@ -124,7 +129,7 @@ def test_an_overloaded_server_or_a_wrong_key_is_no_reason_to_fall_back_to_anothe
 
 
 def test_log_probabilities_are_the_engines(speaker_engine: Engine) -> None:
-    params = replace(SAMPLED, logprobs=True)
+    params = replace(SAMPLED, logprobs=True, n=2)
     own = list(speaker_engine.generate(PROMPTS, params))
     for does in (Behaviour(), Behaviour(answers="text")):
         with connected(speaker_engine, does) as (remote, _):
@@ -154,8 +159,8 @@ def test_seeds_are_the_engines_and_fit_into_32_bits_without_the_one_that_llama_c
     assert all(0 <= seed < 2**32 - 1 for seed in seeds)
 
 
-def test_failures_that_pass_change_nothing_and_are_told(speaker_engine: Engine) -> None:
-    own = [one.token_ids for one in speaker_engine.generate(PROMPTS, SAMPLED)]
+def test_failures_that_pass_change_nothing_and_are_told(speaker_engine: Engine, own_samples: list[Completion]) -> None:
+    own = [one.token_ids for one in own_samples]
     does = Behaviour()
     with connected(speaker_engine, does, concurrency=3) as (remote, told):
         does.faults = [status(500), cut, status(429), hang(0.05), body(b"<html>"), status(503)]
@@ -204,16 +209,18 @@ def test_no_more_requests_are_under_way_than_asked_for(speaker_engine: Engine) -
     assert does.most_under_way == 2
 
 
-def test_closing_the_generator_ends_what_is_under_way(speaker_engine: Engine) -> None:
+def test_closing_the_iterator_ends_what_is_under_way(speaker_engine: Engine) -> None:
     does = Behaviour()
     with connected(speaker_engine, does, concurrency=2) as (remote, _):
         does.faults = [slow(0), hang(30), hang(30)]
-        completions = remote.generate(PROMPTS, GREEDY)
-        next(completions)
+        attempts = remote.attempts(PROMPTS, GREEDY)
+        next(attempts)
+        while len(does.requests) < 3:
+            time.sleep(0.01)
         begin = time.monotonic()
-        completions.close()
+        attempts.close()
         assert time.monotonic() - begin < 15
-        assert [one.token_ids for one in remote.generate(PROMPTS[:1], GREEDY)], "the engine is still good"
+        assert len(list(remote.generate(PROMPTS[:1], GREEDY))) == 1, "the engine is still good"
 
 
 @pytest.mark.parametrize(
@@ -227,13 +234,13 @@ def test_closing_the_generator_ends_what_is_under_way(speaker_engine: Engine) ->
 def test_what_a_server_leaves_out_or_adds_is_put_right_and_told(
     speaker_engine: Engine, does: Behaviour, remark: str
 ) -> None:
-    params = replace(SAMPLED, max_tokens=6)  # some end by themselves, some do not
+    params = replace(SAMPLED, max_tokens=6, n=3)  # some end by themselves, some do not
     own = list(speaker_engine.generate(PROMPTS, params))
     assert {one.finish_reason for one in own} == {"stop", "length"}
     with connected(speaker_engine, does) as (remote, told):
         found = list(remote.generate(PROMPTS, params))
     assert [(one.token_ids, one.finish_reason) for one in found] == [(one.token_ids, one.finish_reason) for one in own]
-    assert any(remark in line and " of 18 answers" in line for line in told)
+    assert any(remark in line and " of 9 answers" in line for line in told)
 
 
 def test_text_that_encodes_to_other_tokens_than_were_sampled_is_told() -> None:

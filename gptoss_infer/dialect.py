@@ -130,6 +130,8 @@ def chat_body(dialect: Dialect, model: str, chat: Chat, params: SamplingParams, 
 
 
 def _body(dialect: Dialect, model: str, params: SamplingParams, sample: int) -> dict[str, Any]:
+    if params.constraint is not None:
+        raise UsageError("a constraint cannot be given to a server; leave it out, or generate with a checkpoint here")
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": params.max_tokens,

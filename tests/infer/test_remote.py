@@ -18,6 +18,7 @@ from openai_server import Behaviour, body, cut, hang, serving, slow, status
 
 from gptoss_infer import harmony
 from gptoss_infer.client import ServerError
+from gptoss_infer.constraints import Constraint, json_schema
 from gptoss_infer.dialect import Dialect, completion_body, read_completion
 from gptoss_infer.engine import Completion, Engine, SamplingParams
 from gptoss_infer.errors import UsageError
@@ -150,6 +151,16 @@ def test_filters_that_servers_have_by_default_are_switched_off() -> None:
     assert (wanted["top_k"], wanted["min_p"]) == (7, 0.1)
     with pytest.raises(UsageError, match="not top_k"):
         completion_body(replace(RAW, extras="none"), "tiny", PROMPTS[0], replace(GREEDY, top_k=7), 0)
+
+
+def test_a_constraint_that_a_server_is_not_given_is_refused_and_not_forgotten(speaker_engine: Engine) -> None:
+    constrained = replace(GREEDY, constraint=Constraint(json_schema({"type": "object"})))
+    for mode in ("raw", "chat"):
+        with (
+            connected(speaker_engine, Behaviour(), mode=mode) as (remote, _),
+            pytest.raises(UsageError, match="a constraint cannot be given to a server"),
+        ):
+            next(remote.generate(PROMPTS, constrained, CHATS))
 
 
 def test_seeds_are_the_engines_and_fit_into_32_bits_without_the_one_that_llama_cpp_takes_as_random() -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import Behaviour, body, serving, status
+from openai_server import Behaviour, body, hang, serving, status
 
 from evals.__main__ import main
 from evals.records import Record, read_records
 from gptoss_infer import client
 from gptoss_infer.engine import Engine
 from gptoss_infer.errors import run_command
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 class Served:
@@ -171,3 +177,24 @@ def test_a_target_that_cannot_be_asked_ends_with_its_exit_code(
     err = capsys.readouterr().err
     assert message in err
     assert "secret" not in err
+
+
+def test_sigterm_ends_a_run_at_once_though_the_server_is_silent_and_what_is_done_stays(
+    served: Any, tmp_path: Path
+) -> None:
+    server, out = served(), tmp_path / "out"
+    server.does.faults = [lambda _: True] * 2 + [hang(60)] * 2  # what `connect` asks, then the first two questions
+    command = [sys.executable, "-m", "evals", "run", server.url, "--model", "tiny", "--tasks", "addition"]
+    command += ["--limit", "6", "--out", str(out), "--max-tokens", "40", "--batch", "3"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(read_records(out)) < 4 and process.poll() is None:
+            time.sleep(0.02)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate()[1].decode()
+    assert process.returncode == 143
+    assert time.monotonic() - begin < 30
+    assert "the same command goes on from there" in told
+    assert "Traceback" not in told
+    assert len(read_records(out)) == 4

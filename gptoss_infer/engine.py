@@ -21,8 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gptoss_infer import scheduler
+from gptoss_infer import kernels, scheduler
 from gptoss_infer.checkpoint import Checkpoint, resolve
+from gptoss_infer.compiled import CompiledModel
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.constraints import Constraint, Follower, allowed_tokens, follow
 from gptoss_infer.errors import UsageError
@@ -43,7 +44,7 @@ CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free, by defau
 
 def form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
     """Return how `experts="auto"` holds the experts of a checkpoint."""
-    if checkpoint.experts == "bf16" or pick_device(device).type != "cpu":
+    if checkpoint.experts == "bf16" or pick_device(device).type != "cpu" or kernels.cpu_kernels() is not None:
         return checkpoint.experts
     config = checkpoint.config
     weights = 3 * config.num_hidden_layers * config.num_local_experts * config.hidden_size * config.intermediate_size
@@ -152,6 +153,7 @@ class Engine:
             "window": max_batch * 2 * (self.limits.window_pages + 1) + step_tokens // page_tokens,
         }
         self.cache = PagedCache(config, num_pages, page_tokens, dtype, model.device)
+        self.compiled = CompiledModel.of(model, self.cache)
         self.scheduler = Scheduler(self.limits, Pool(num_pages["full"]), Pool(num_pages["window"]))
 
     @classmethod
@@ -169,9 +171,9 @@ class Engine:
         """Load a checkpoint, and a PEFT adapter over it if given.
 
         Args:
-            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU; on a CPU, where decoding an expert costs
-                far more than multiplying a few tokens by it, it expands them if that takes less than half of the free
-                memory.
+            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU, and on a CPU with our compiled kernels; on
+                one without, where decoding an expert costs far more than multiplying a few tokens by it, it expands
+                them if that takes less than half of the free memory.
         """
         opened = Checkpoint.open(resolve(checkpoint))
         form = form_for(opened, device, dtype) if experts == "auto" else experts
@@ -243,17 +245,21 @@ class Engine:
         """Compute one step; return the samples that have one more token. Nothing to do is no error."""
         chunks = self.scheduler.plan()
         grown = []
-        for batch in [[chunk] for chunk in chunks] if self.limits.deterministic else [chunks] if chunks else []:
+        apart = self.limits.deterministic and self.compiled is None
+        for batch in [[chunk] for chunk in chunks] if apart else [chunks] if chunks else []:
             ending: list[Sample] = [chunk.sequence for chunk in batch if chunk.reaches_end]  # type: ignore[misc]
             hidden = self._hidden(batch)
             self.scheduler.advance(batch)
             if ending:
-                self._extend(ending, self.model.lm_head(hidden).float())
+                logits = self.model.lm_head(hidden).float() if self.compiled is None else self.compiled.logits(hidden)
+                self._extend(ending, logits)
             grown += ending
         return grown
 
     def _hidden(self, batch: list[Chunk]) -> Tensor:
         """Compute the tokens of a batch; return the final hidden states of those that samples end with, (B, C)."""
+        if self.compiled is not None:
+            return self.compiled.hidden(batch)
         step = Step(self.cache, batch, self.model.device)
         hidden = self.model.hidden(step.input_ids[None], step.positions[None], step)[0]  # (N, C)
         rows = [row for row, chunk in zip(step.last_rows, batch, strict=True) if chunk.reaches_end]

@@ -1,8 +1,8 @@
-"""Kernels, and the one place that chooses between them: Triton on a GPU, the plain PyTorch reference everywhere else.
+"""Kernels, and the one place that chooses between them: Triton on a GPU, C++ for inference on a CPU, else plain PyTorch.
 
 Triton is imported when the first CUDA (or ROCm) tensor arrives, never before. A kernel's module holds its launcher,
 with the signature and the results of its reference; `crosscompile` compiles all of them for GPUs that need not be
-there. Used by the model and by training.
+there. The C++ of `cpu` is compiled when inference first asks for it. Used by the model, the engine and training.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from gptoss_infer import mxfp4
+from gptoss_infer.errors import MachineError
+
+if TYPE_CHECKING:
+    from gptoss_infer.kernels.cpu import Kernels
 
 if TYPE_CHECKING:
     from gptoss_infer.kernels import moe
@@ -66,6 +70,18 @@ def run_tiled(
     adapted = gate_up.low_rank is not None or down.low_rank is not None
     adapters = x.new_zeros(len(x), dtype=torch.int32) if adapted else None
     return moe.moe(x, logits, moe.Layer(gate_up, down, moe.Swiglu(*activation), top_k), adapters=adapters)
+
+
+@functools.cache
+def cpu_kernels() -> Kernels | None:
+    """Return the compiled kernels of the CPU; where they cannot be had, None, and one line that says why."""
+    from gptoss_infer.kernels.cpu import Kernels
+
+    try:
+        return Kernels()
+    except MachineError as error:
+        _LOG.warning("the CPU runs plain PyTorch instead of our compiled kernels, more slowly: %s", error)
+        return None
 
 
 @functools.cache

@@ -1,0 +1,122 @@
+"""The model run by compiled CPU kernels: what the engine computes a step with, instead of `GptOss.hidden`, where it can.
+
+A second way through the layers, beside `gptoss_infer.model`, for one reason: calling its modules one by one costs 10 to
+30% of the time of a token, measured on models of 0.1 to 1 billion parameters. It is the same arithmetic (tests compare
+it with the model, and with transformers), and covers bf16 and fp32, MXFP4 experts, and LoRA.
+
+What a token yields is the same bits whatever it was computed with: the order of every sum is fixed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gptoss_infer import kernels
+from gptoss_infer.kernels import cpu
+from gptoss_infer.model import GptOss, rope_frequencies
+from gptoss_infer.pages import Kind, PagedCache
+from gptoss_infer.scheduler import Chunk
+
+_LOG = logging.getLogger(__name__)
+
+
+class CompiledModel:
+    """A model and its cache. Takes their tensors as they are: load adapters and move the model before."""
+
+    def __init__(self, model: GptOss, cache: PagedCache, compiled: cpu.Kernels) -> None:
+        self.model, self.compiled, config = model, compiled, model.config
+        shape = cpu.Shape(
+            num_layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            num_experts=config.num_local_experts,
+            top_k=config.num_experts_per_tok,
+            eps=config.rms_norm_eps,
+            alpha=config.swiglu_alpha,
+            limit=config.swiglu_limit,
+        )
+        with torch.no_grad():
+            layers = [_layer(layer, *pair) for layer, *pair in zip(model.model.layers, cache.keys, cache.values, strict=True)]
+        self.layers = cpu.Layers(compiled, shape, layers)
+        self.frequencies, self.scale = rope_frequencies(config.head_dim, config.rope)
+
+    @classmethod
+    def of(cls, model: GptOss, cache: PagedCache) -> CompiledModel | None:
+        """Return the compiled form, or None, and a line that says why, where plain PyTorch has to do."""
+        weight = model.lm_head.weight
+        if not weight.is_cpu or weight.dtype not in cpu.DTYPES or (compiled := kernels.cpu_kernels()) is None:
+            return None
+        if model.model.layers[0].mlp.experts.gate_up_proj.projection().scales is None:
+            _LOG.warning("experts are held as %s: plain PyTorch runs instead of our compiled kernels", weight.dtype)
+            return None
+        return cls(model, cache, compiled)
+
+    def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Compute a step; return the final hidden states (B, C) of the tokens that sequences end with."""
+        ids = [token for s, first, length in chunks for token in s.tokens[first : first + length]]
+        numbers = [number for number, chunk in enumerate(chunks) for _ in range(chunk.length)]
+        positions = [position for _, first, length in chunks for position in range(first, first + length)]
+        places = cpu.Places(*torch.tensor([numbers, positions]))
+        angles = places.positions[:, None] * self.frequencies  # (N, D / 2)
+        x = self.model.model.embed_tokens(torch.tensor(ids))  # (N, C)
+        cos, sin = angles.cos().mul_(self.scale), angles.sin().mul_(self.scale)
+        self.layers.run_(x, cos, sin, places, _pages(chunks, "full"), _pages(chunks, "window"))
+        norm, rows, end = self.model.model.norm, [], 0
+        for chunk in chunks:
+            end += chunk.length
+            if chunk.reaches_end:
+                rows.append(end - 1)
+        return self.compiled.rms_norm(x[rows], norm.weight, norm.eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, C) -> (B, V) in fp32, not rounded to the model's dtype in between."""
+        return self.compiled.linear(hidden, cpu.Affine(self.model.lm_head.weight), torch.float32)
+
+
+def _pages(chunks: Sequence[Chunk], kind: Kind) -> cpu.Pages:
+    held = [s.full if kind == "full" else s.window for s, _, _ in chunks]
+    longest = max(map(len, held))
+    padded = torch.tensor([pages + [0] * (longest - len(pages)) for pages in held], dtype=torch.int64)
+    first = [0 if kind == "full" else s.window_first for s, _, _ in chunks]
+    return cpu.Pages(padded, torch.tensor(first))
+
+
+def _layer(layer: nn.Module, keys: Tensor, values: Tensor) -> cpu.Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return cpu.Layer(
+        input_norm=layer.input_layernorm.weight,
+        post_norm=layer.post_attention_layernorm.weight,
+        q=_affine(attention.q_proj),
+        k=_affine(attention.k_proj),
+        v=_affine(attention.v_proj),
+        o=_affine(attention.o_proj),
+        router=_affine(mlp.router),
+        sinks=attention.sinks,
+        gate_up=_packed(mlp.experts.gate_up_proj),
+        down=_packed(mlp.experts.down_proj),
+        keys=keys,
+        values=values,
+        window=attention.window or 0,
+    )
+
+
+def _affine(module: nn.Module) -> cpu.Affine:
+    if isinstance(module, nn.Linear):
+        return cpu.Affine(module.weight, module.bias)
+    base, (a, b) = module.base_layer, module.factors  # gptoss_infer.lora.LoraLinear, which brings peft
+    return cpu.Affine(base.weight, base.bias, _low_rank(a, b, module.scaling["default"], base.weight.dtype))
+
+
+def _packed(module: nn.Module) -> cpu.Packed:
+    weight, scales, bias, a, b, scaling, *_ = module.projection()
+    return cpu.Packed(weight, scales, bias, None if a is None else _low_rank(a, b, scaling, bias.dtype))
+
+
+def _low_rank(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> cpu.LowRank:
+    return cpu.LowRank(a.to(dtype), (b * scaling).to(dtype))

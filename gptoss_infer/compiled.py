@@ -53,7 +53,10 @@ class CompiledModel:
         if not weight.is_cpu or weight.dtype not in cpu.DTYPES or (compiled := kernels.cpu_kernels()) is None:
             return None
         if model.model.layers[0].mlp.experts.gate_up_proj.projection().scales is None:
-            _LOG.warning("experts are held as %s: plain PyTorch runs instead of our compiled kernels", weight.dtype)
+            _LOG.warning(
+                "the CPU runs plain PyTorch instead of our compiled kernels, more slowly: experts are held dense, "
+                "not in MXFP4"
+            )
             return None
         return cls(model, cache, compiled)
 

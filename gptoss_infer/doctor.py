@@ -1,6 +1,7 @@
 """What this machine can do for `gptoss-infer generate`, each lack with its cure. Downloads nothing, changes nothing.
 
-Finding the vocabulary may unpack bpe-openai's copy into our cache, as the first use would. Used by the command line.
+Finding the vocabulary may unpack bpe-openai's copy into our cache, and looking at the CPU's kernels may compile them
+there, as the first use would. Used by the command line.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def examine() -> list[Check]:
         *(_package(name, cure) for name, cure in PACKAGES.items()),
         *_guarded("device", _devices),
         *_guarded("kernels", _kernels),
+        *_guarded("cpu kernels", _cpu_kernels),
         *_guarded("vocabulary", _vocabulary),
         _constraints(),
         *(_disk(name, folder) for name, folder in (("disk here", Path.cwd()), ("disk cache", _hub_cache()))),
@@ -129,6 +131,23 @@ def _kernels() -> list[Check]:
     if not equal:
         return [Check("kernels", "missing", f"{triton} decodes MXFP4 wrongly here", "install another triton version")]
     return [Check("kernels", "ok", f"{triton}; MXFP4 decode equals its reference on this GPU")]
+
+
+def _cpu_kernels() -> list[Check]:
+    """Compile them, if that was not done before, and multiply numbers whose products and sums are exact."""
+    import torch
+
+    from gptoss_infer.kernels.cpu import Affine, Kernels
+
+    try:
+        compiled = Kernels()
+    except MachineError as error:
+        finding = f"plain PyTorch instead of compiled kernels, more slowly: {error}"
+        return [Check("cpu kernels", "note", finding, "install a C++ compiler, such as g++, if one is missing")]
+    x, weight = (torch.arange(n * 64).remainder(13).sub(6).view(n, 64).bfloat16() for n in (5, 21))
+    if not torch.equal(compiled.linear(x, Affine(weight), torch.float32), x.float() @ weight.float().T):
+        return [Check("cpu kernels", "missing", "compiled kernels multiply wrongly here", "set GPTOSS_CPU_KERNELS=0")]
+    return [Check("cpu kernels", "ok", f"compiled, {compiled.level}; products equal their reference on this CPU")]
 
 
 def _vocabulary() -> list[Check]:

@@ -22,7 +22,9 @@ from pathlib import Path
 from gptoss_infer.errors import MachineError
 
 SWITCH = "GPTOSS_CPU_KERNELS"  # in the environment: 0 runs plain PyTorch
-SOURCES = ("kernels.cpp", "attention.h", "experts.h", "linear.h", "mxfp4.h", "parallel.h", "rows.h", "simd.h")
+SOURCES = (
+    "kernels.cpp", "attention.h", "experts.h", "layers.h", "linear.h", "mxfp4.h", "parallel.h", "rows.h", "simd.h",
+)  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 # Sums are written out in the order in which they are to be made; the compiler may fuse, but not reorder.
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w")
@@ -42,23 +44,34 @@ def load(target: Sequence[str] = THIS_CPU) -> ctypes.CDLL:
     path = cache_folder() / f"cpu-{_key(command)}.so"
     if path.is_file():
         return _open(path)
-    print(f"compiling the CPU kernels with {command[0]}, which takes some seconds", file=sys.stderr)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=path.parent, prefix=".compiling-")
-    except OSError as error:
-        print(f"they cannot be kept in {path.parent} ({error}); set XDG_CACHE_HOME to a folder that can", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            return _open(_compile(command, Path(folder)))
-    with work as folder:
-        os.replace(_compile(command, Path(folder)), path)
-    return _open(path)
+    print(f"compiling the CPU kernels with {command[0]}: some seconds, once", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as work:
+        made = _compile(command, Path(work))
+        library = _open(made)  # before it is kept
+        try:
+            _keep(made, path)
+        except OSError as error:
+            print(f"they will be compiled again: {path.parent} cannot be written ({error})", file=sys.stderr)
+        return library
 
 
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(root) / "gptoss" / "kernels"
+
+
+def _keep(made: Path, path: Path) -> None:
+    """Put a library into the cache, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".compiled-", delete=False) as file:
+        try:
+            file.write(made.read_bytes())
+            os.chmod(file.name, 0o755)
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -117,8 +117,9 @@ def _affine(module: nn.Module) -> cpu.Affine:
 
 
 def _packed(module: nn.Module) -> cpu.Packed:
-    weight, scales, bias, a, b, scaling, *_ = module.projection()
-    return cpu.Packed(weight, scales, bias, None if a is None else _low_rank(a, b, scaling, bias.dtype))
+    p = module.projection()
+    lora = None if p.a is None or p.merged else _low_rank(p.a, p.b, p.scaling, p.bias.dtype)
+    return cpu.Packed(p.weight, p.scales, p.bias, lora)
 
 
 def _low_rank(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> cpu.LowRank:

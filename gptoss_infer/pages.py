@@ -13,10 +13,12 @@ page_tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as ListOf
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +42,9 @@ class PagedCache:
     ) -> None:
         self.page_tokens, self.window = page_tokens, config.sliding_window
         self.kinds: list[Kind] = ["window" if kind == "sliding_attention" else "full" for kind in config.layer_types]
-        # Zeros, since what is hidden is still multiplied, by 0. On a CPU they take no memory until they are written.
         shapes = [(num_pages[kind], config.num_key_value_heads, page_tokens, config.head_dim) for kind in self.kinds]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.keys = [_zeros(shape, dtype, device) for shape in shapes]
+        self.values = [_zeros(shape, dtype, device) for shape in shapes]
 
     @staticmethod
     def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> dict[Kind, int]:
@@ -51,6 +52,14 @@ class PagedCache:
         per_layer = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
         windows = sum(kind == "sliding_attention" for kind in config.layer_types)
         return {"window": windows * per_layer, "full": (len(config.layer_types) - windows) * per_layer}
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros, since what is hidden is still multiplied, by 0; on a CPU they take no memory until written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes its zeros; numpy asks the system for pages that are.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class _Table(NamedTuple):

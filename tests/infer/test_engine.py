@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,3 +288,16 @@ def test_256_greedy_tokens_are_those_of_transformers(tmp_path: Path, changes: di
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=256, do_sample=False, pad_token_id=0
         )
         assert completion.token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_a_cache_takes_no_memory_until_it_is_used(model: GptOss) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is read from /proc")
+    before = resident_bytes()
+    engine = Engine(model, cache_tokens=2**22)
+    held = sum(t.nbytes for t in (*engine.cache.keys, *engine.cache.values))
+    assert held > 2**28
+    assert resident_bytes() - before < held / 8

@@ -1,4 +1,4 @@
-"""The model run by compiled CPU kernels: what the engine computes a step with, instead of `GptOss.hidden`, where it can.
+"""The model run by compiled CPU kernels: what the engine computes a step with instead of `GptOss.hidden`, where it can.
 
 A second way through the layers, beside `gptoss_infer.model`, for one reason: calling its modules one by one costs 10 to
 30% of the time of a token, measured on models of 0.1 to 1 billion parameters. It is the same arithmetic (tests compare
@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from gptoss_infer import kernels
+from gptoss_infer.experts import ExpertLinear
 from gptoss_infer.kernels import cpu
-from gptoss_infer.model import GptOss, rope_frequencies
+from gptoss_infer.model import GptOss, Layer, rope_frequencies
 from gptoss_infer.pages import Kind, PagedCache
 from gptoss_infer.scheduler import Chunk
 
@@ -42,7 +45,9 @@ class CompiledModel:
             limit=config.swiglu_limit,
         )
         with torch.no_grad():
-            layers = [_layer(layer, *pair) for layer, *pair in zip(model.model.layers, cache.keys, cache.values, strict=True)]
+            layers = [
+                _layer(layer, *pair) for layer, *pair in zip(model.model.layers, cache.keys, cache.values, strict=True)
+            ]
         self.layers = cpu.Layers(compiled, shape, layers)
         self.frequencies, self.scale = rope_frequencies(config.head_dim, config.rope)
 
@@ -52,7 +57,7 @@ class CompiledModel:
         weight = model.lm_head.weight
         if not weight.is_cpu or weight.dtype not in cpu.DTYPES or (compiled := kernels.cpu_kernels()) is None:
             return None
-        if model.model.layers[0].mlp.experts.gate_up_proj.projection().scales is None:
+        if any(isinstance(module, ExpertLinear) and module.format != "mxfp4" for module in model.modules()):
             _LOG.warning(
                 "the CPU runs plain PyTorch instead of our compiled kernels, more slowly: experts are held dense, "
                 "not in MXFP4"
@@ -67,15 +72,15 @@ class CompiledModel:
         positions = [position for _, first, length in chunks for position in range(first, first + length)]
         places = cpu.Places(*torch.tensor([numbers, positions]))
         angles = places.positions[:, None] * self.frequencies  # (N, D / 2)
-        x = self.model.model.embed_tokens(torch.tensor(ids))  # (N, C)
+        x = self.model.model.embed_tokens.weight.index_select(0, torch.tensor(ids))  # (N, C)
         cos, sin = angles.cos().mul_(self.scale), angles.sin().mul_(self.scale)
-        self.layers.run_(x, cos, sin, places, _pages(chunks, "full"), _pages(chunks, "window"))
-        norm, rows, end = self.model.model.norm, [], 0
-        for chunk in chunks:
-            end += chunk.length
-            if chunk.reaches_end:
-                rows.append(end - 1)
-        return self.compiled.rms_norm(x[rows], norm.weight, norm.eps)
+        self.layers.run_(x, (cos, sin), places, _pages(chunks, "full"), _pages(chunks, "window"))
+        ends = accumulate(chunk.length for chunk in chunks)
+        rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.reaches_end]
+        if len(rows) < len(x):
+            x = x.index_select(0, torch.tensor(rows, dtype=torch.int64))
+        norm = self.model.model.norm
+        return self.compiled.rms_norm(x, norm.weight, norm.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, C) -> (B, V) in fp32, not rounded to the model's dtype in between."""
@@ -91,6 +96,7 @@ def _pages(chunks: Sequence[Chunk], kind: Kind) -> cpu.Pages:
 
 
 def _layer(layer: nn.Module, keys: Tensor, values: Tensor) -> cpu.Layer:
+    assert isinstance(layer, Layer), f"a model's layers are Layers, not {type(layer).__name__}"
     attention, mlp = layer.self_attn, layer.mlp
     return cpu.Layer(
         input_norm=layer.input_layernorm.weight,
@@ -109,16 +115,29 @@ def _layer(layer: nn.Module, keys: Tensor, values: Tensor) -> cpu.Layer:
     )
 
 
+class _Adapted(Protocol):
+    """What is read of `gptoss_infer.lora.LoraLinear`, whose module brings peft."""
+
+    base_layer: nn.Linear
+    enabled: bool
+    scaling: dict[str, float]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+
+
 def _affine(module: nn.Module) -> cpu.Affine:
     if isinstance(module, nn.Linear):
         return cpu.Affine(module.weight, module.bias)
-    base, (a, b) = module.base_layer, module.factors  # gptoss_infer.lora.LoraLinear, which brings peft
-    return cpu.Affine(base.weight, base.bias, _low_rank(a, b, module.scaling["default"], base.weight.dtype))
+    adapted = cast(_Adapted, module)
+    weight, bias, (scaling,) = adapted.base_layer.weight, adapted.base_layer.bias, adapted.scaling.values()
+    return cpu.Affine(weight, bias, _low_rank(*adapted.factors, scaling, weight.dtype) if adapted.enabled else None)
 
 
-def _packed(module: nn.Module) -> cpu.Packed:
+def _packed(module: ExpertLinear) -> cpu.Packed:
     p = module.projection()
-    lora = None if p.a is None or p.merged else _low_rank(p.a, p.b, p.scaling, p.bias.dtype)
+    assert p.scales is not None, "dense experts are not compiled"
+    lora = None if p.a is None or p.b is None or p.merged else _low_rank(p.a, p.b, p.scaling, p.bias.dtype)
     return cpu.Packed(p.weight, p.scales, p.bias, lora)
 
 

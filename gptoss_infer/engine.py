@@ -171,8 +171,8 @@ class Engine:
         """Load a checkpoint, and a PEFT adapter over it if given.
 
         Args:
-            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU, and on a CPU with our compiled kernels; on
-                one without, where decoding an expert costs far more than multiplying a few tokens by it, it expands
+            experts: how they are held in memory. `auto` keeps MXFP4 on a GPU, and on a CPU with compiled kernels; on a
+                CPU without, where decoding an expert costs far more than multiplying a few tokens by it, it expands
                 them if that takes less than half of the free memory.
         """
         opened = Checkpoint.open(resolve(checkpoint))

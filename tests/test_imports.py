@@ -133,11 +133,15 @@ def test_packages_import_only_what_the_layout_allows(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules())
 def test_triton_is_imported_by_kernel_modules_alone_and_those_only_when_needed(module: str) -> None:
-    is_kernel = module.startswith("gptoss_infer.kernels.")
+    is_cpu = module.startswith("gptoss_infer.kernels.cpu")  # C++, which runs where there is no Triton
+    is_kernel = module.startswith("gptoss_infer.kernels.") and not is_cpu
     for target, deferred, line in imports_of(module):
         if target.split(".")[0] == "triton":
             assert is_kernel, f"{module}:{line} imports triton; that is for kernels"
-        if target.startswith("gptoss_infer.kernels.") and not is_kernel:
+        if target.startswith("gptoss_infer.kernels.cpu"):
+            allowed = module in ("gptoss_infer.kernels", "gptoss_infer.compiled", "gptoss_infer.doctor")
+            assert is_cpu or allowed, f"{module}:{line}: only the engine's compiled model calls the CPU's kernels"
+        elif target.startswith("gptoss_infer.kernels.") and not is_kernel:
             assert deferred, f"{module}:{line} imports {target} at once, and triton with it"
             assert module == "gptoss_infer.kernels", f"{module}:{line}: only gptoss_infer.kernels chooses kernels"
 

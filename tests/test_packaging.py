@@ -60,11 +60,14 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_a_wheel_holds_every_module_the_template_and_the_recipes_and_nothing_else(wheel: Path) -> None:
+def test_a_wheel_holds_every_module_the_template_the_kernels_and_the_recipes_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     data = f"{wheel.name.rsplit('-py3', 1)[0]}.data/data/share/gptoss/recipes"
     expected = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    expected |= {
+        str(path.relative_to(ROOT)) for kind in ("cpp", "h") for path in ROOT.glob(f"gptoss_infer/**/*.{kind}")
+    }
     expected |= {"evals/report.html.j2"} | {f"{data}/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert names == expected
 

@@ -1,4 +1,4 @@
-"""Kernels, and the one place that chooses between them: Triton on a GPU, C++ for inference on a CPU, else plain PyTorch.
+"""Kernels, and the one place that chooses between them: Triton on a GPU, C++ to infer on a CPU, else plain PyTorch.
 
 Triton is imported when the first CUDA (or ROCm) tensor arrives, never before. A kernel's module holds its launcher,
 with the signature and the results of its reference; `crosscompile` compiles all of them for GPUs that need not be

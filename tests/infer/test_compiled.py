@@ -1,4 +1,4 @@
-"""The compiled model against the PyTorch model over the same cache, against transformers, and against itself in batches."""
+"""The compiled model against the PyTorch one over the same cache, against transformers, and itself in other batches."""
 
 from __future__ import annotations
 
@@ -143,7 +143,9 @@ def test_bf16_errs_no_more_than_transformers_in_bf16(tmp_path: Path) -> None:
     assert high[0] <= high[1]
 
 
-def test_an_engine_without_kernels_gives_the_same_greedy_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_kernels_gives_the_same_greedy_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = gi.load(write_tiny(tmp_path / "base", tiny_config()), device="cpu", dtype=torch.float32)
     texts, params = prompts(70, 1, 30), SamplingParams(max_tokens=40, stop_token_ids=())
     with_kernels = [one.token_ids for one in Engine(model, page_tokens=16).generate(texts, params)]

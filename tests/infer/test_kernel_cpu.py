@@ -1,9 +1,10 @@
-"""The CPU's compiled kernels against definitions in fp64, at every level this machine runs; rows alone and among others."""
+"""The CPU's kernels against definitions in fp64, at every level this machine runs; rows alone and in batches."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from oracles import slow_decode
 from torch import Tensor
 
 from gptoss_infer.errors import MachineError
-from gptoss_infer.kernels.cpu import Affine, Kernels, LowRank, Packed, Pages, Places, build
 from gptoss_infer.kernels.cpu import DTYPES as DTYPE_CODES
+from gptoss_infer.kernels.cpu import Affine, Kernels, LowRank, Packed, Pages, Places, build
 
 DTYPES = tuple(DTYPE_CODES)
 # Half a unit in the last place, and the rounding of an fp32 sum of up to 3,000 terms, each relative to what is summed.
@@ -48,11 +49,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@contextmanager
+def threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(number)
+    yield
     torch.set_num_threads(before)
 
 
@@ -90,10 +91,11 @@ def test_products_with_bias_and_lora_equal_fp64(
 
 
 def test_a_product_is_the_same_bits_alone_or_in_any_batch_by_any_number_of_threads(
-    kernels: Kernels, dtype: torch.dtype, threads: int
+    kernels: Kernels, dtype: torch.dtype
 ) -> None:
     x, weight, bias = randn(70, 100, dtype=dtype), randn(201, 100, dtype=dtype), randn(201, dtype=dtype)
-    whole = kernels.linear(x, Affine(weight, bias))
+    with threads(2):
+        whole = kernels.linear(x, Affine(weight, bias))
     for size in (1, 2, 3, 4, 5, 7, 16, 33):
         parts = [kernels.linear(part.contiguous(), Affine(weight, bias)) for part in x.split(size)]
         assert torch.equal(torch.cat(parts), whole), size
@@ -103,7 +105,13 @@ class Moe:
     """Experts with random bytes, and what they compute by definition in fp64."""
 
     def __init__(
-        self, experts: int, hidden: int, inter: int, dtype: torch.dtype, rank: int = 0, scales: tuple[int, int] = (118, 124)
+        self,
+        experts: int,
+        hidden: int,
+        inter: int,
+        dtype: torch.dtype,
+        rank: int = 0,
+        scales: tuple[int, int] = (118, 124),
     ) -> None:
         self.experts, self.dtype, self.activation = experts, dtype, (1.702, 7.0)
         self.projections = [self._random(*shape, rank, scales) for shape in ((2 * inter, hidden), (hidden, inter))]
@@ -125,21 +133,20 @@ class Moe:
     def expected(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float64)
         alpha, limit = self.activation
-        for token, (of_token, experts) in enumerate(zip(weights.double(), chosen.tolist(), strict=True)):
-            for weight, e in zip(of_token, experts, strict=True):
-                pre = self._project(0, e, x[token].double())
-                gate, up = pre[0::2].clamp(max=limit), pre[1::2].clamp(-limit, limit)
-                out[token] += weight * self._project(1, e, gate * torch.sigmoid(alpha * gate) * (up + 1))
+        for e in range(self.experts):
+            tokens, slots = (chosen == e).nonzero(as_tuple=True)
+            pre = self._project(0, e, x[tokens].double())
+            gate, up = pre[:, 0::2].clamp(max=limit), pre[:, 1::2].clamp(-limit, limit)
+            y = self._project(1, e, gate * torch.sigmoid(alpha * gate) * (up + 1))
+            out.index_add_(0, tokens, y * weights[tokens, slots].double()[:, None])
         return out
 
-    @functools.cache
-    def _dense(self, which: int, e: int) -> Tensor:
+    def _project(self, which: int, e: int, x: Tensor) -> Tensor:
         packed = self.projections[which]
         dense = slow_decode(packed.blocks[e], packed.scales[e]).double()
-        return dense if packed.lora is None else dense + packed.lora.b[e].double() @ packed.lora.a[e].double()
-
-    def _project(self, which: int, e: int, x: Tensor) -> Tensor:
-        return self._dense(which, e) @ x + self.projections[which].bias[e].double()
+        if packed.lora is not None:
+            dense = dense + packed.lora.b[e].double() @ packed.lora.a[e].double()
+        return x @ dense.T + packed.bias[e].double()
 
     def run(self, kernels: Kernels, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return kernels.experts(x, weights, chosen, *self.projections, self.activation)
@@ -169,12 +176,11 @@ def test_experts_with_biases_and_lora_equal_their_definition(
     assert (got.double() - expected).norm() <= steps * expected.norm()
 
 
-def test_experts_give_a_token_the_same_bits_alone_or_in_any_batch(
-    kernels: Kernels, dtype: torch.dtype, threads: int
-) -> None:
+def test_experts_give_a_token_the_same_bits_alone_or_in_any_batch(kernels: Kernels, dtype: torch.dtype) -> None:
     moe = Moe(6, 64, 96, dtype, rank=3)
     x, (weights, chosen) = randn(70, 64, dtype=dtype), routed(70, 6, 3)
-    whole = moe.run(kernels, x, weights, chosen)
+    with threads(2):
+        whole = moe.run(kernels, x, weights, chosen)
     for size in (1, 2, 5, 16, 33):
         slices = [slice(start, start + size) for start in range(0, 70, size)]
         parts = [moe.run(kernels, x[s].contiguous(), weights[s].contiguous(), chosen[s].contiguous()) for s in slices]
@@ -188,7 +194,10 @@ def test_every_byte_at_every_scale_is_decoded_exactly(kernels: Kernels, dtype: t
     hidden = blocks.shape[1]
     down = Packed(blocks, scales.repeat_interleave(16).view(1, -1, 1), torch.zeros(1, hidden, dtype=dtype))
     expected = slow_decode(down.blocks[0], down.scales[0])  # (hidden, 32)
-    nothing = torch.zeros(1, 64, hidden // 32, 16, dtype=torch.uint8), torch.zeros(1, 64, hidden // 32, dtype=torch.uint8)
+    nothing = (
+        torch.zeros(1, 64, hidden // 32, 16, dtype=torch.uint8),
+        torch.zeros(1, 64, hidden // 32, dtype=torch.uint8),
+    )
     for column in range(32):
         bias = torch.zeros(1, 64)
         bias[0, 0::2], bias[0, 1::2], bias[0, 2 * column + 1] = 2, -1, 0  # 2 sigmoid(0) (up + 1) is 0, and once 1
@@ -201,12 +210,12 @@ def test_every_byte_at_every_scale_is_decoded_exactly(kernels: Kernels, dtype: t
 class Cache:
     """Sequences of random keys and values in shuffled pages, and attention by definition in fp64."""
 
-    def __init__(self, heads: int, kv: int, d: int, page: int, dtype: torch.dtype, lengths: list[int], new: list[int]) -> None:
+    def __init__(
+        self, heads: int, kv: int, d: int, page: int, dtype: torch.dtype, lengths: list[int], new: list[int]
+    ) -> None:
         self.page, self.lengths, self.new, self.heads = page, lengths, new, heads
         generator = torch.Generator().manual_seed(page)
-        self.history = [
-            tuple(torch.randn(n, kv, d, generator=generator).to(dtype) for _ in range(2)) for n in lengths
-        ]
+        self.history = [tuple(torch.randn(n, kv, d, generator=generator).to(dtype) for _ in range(2)) for n in lengths]
         self.q = torch.randn(sum(new), heads, d, generator=generator).to(dtype)
         self.sinks = torch.randn(heads, generator=generator).to(dtype)
         counts = [-(-n // page) for n in lengths]
@@ -219,7 +228,7 @@ class Cache:
                     self.pools[which][pages[position // page], :, position % page] = tensors[which][position]
 
     def run(self, kernels: Kernels, window: int, rows: slice = slice(None)) -> Tensor:
-        """Attend from the new tokens `rows` of all; of a window layer's pages, those that are not seen are not given."""
+        """Attend from the new tokens `rows` of all; a window layer's pages begin with the first one seen."""
         sequences = torch.tensor([s for s, fresh in enumerate(self.new) for _ in range(fresh)])
         positions = torch.cat([torch.arange(n - fresh, n) for n, fresh in zip(self.lengths, self.new, strict=True)])
         first = [
@@ -236,7 +245,14 @@ class Cache:
         places = Places(sequences[rows].contiguous(), positions[rows].contiguous())
         pages = Pages(table, torch.tensor(first))
         return kernels.attention(
-            self.q[rows].contiguous(), k[rows].contiguous(), v[rows].contiguous(), self.sinks, self.pools, places, pages, window
+            self.q[rows].contiguous(),
+            k[rows].contiguous(),
+            v[rows].contiguous(),
+            self.sinks,
+            self.pools,
+            places,
+            pages,
+            window,
         )
 
     def expected(self, window: int) -> Tensor:
@@ -279,12 +295,13 @@ def test_attention_over_pages_equals_the_dense_softmax(
 
 @pytest.mark.parametrize("case", ["groups_of_3", "groups_of_8", "beyond_a_split"])
 def test_attention_gives_a_token_the_same_bits_alone_or_in_any_batch(
-    kernels: Kernels, dtype: torch.dtype, threads: int, case: str
+    kernels: Kernels, dtype: torch.dtype, case: str
 ) -> None:
     heads, kv, d, page, lengths, new = ATTENTION_CASES[case]
     cache = Cache(heads, kv, d, page, dtype, lengths, new)
     for window in (0, 128):
-        whole = cache.run(kernels, window)
+        with threads(2):
+            whole = cache.run(kernels, window)
         alone = [cache.run(kernels, window, slice(row, row + 1)) for row in range(sum(new))]
         assert torch.equal(torch.cat(alone), whole)
 

@@ -1,4 +1,4 @@
-"""Compiling the CPU kernels: in fresh processes with fresh caches, without a compiler, with a broken one, and at once."""
+"""Compiling the CPU kernels: with fresh caches, without a compiler, with a broken one, and by two processes at once."""
 
 from __future__ import annotations
 

@@ -136,9 +136,7 @@ class _Layer(Structure):
 
 
 class _Shape(Structure):
-    _fields_ = [
-        (name, _FLOAT if name in ("eps", "alpha", "limit") else _LONG) for name in Shape._fields
-    ]
+    _fields_ = [(name, _FLOAT if name in ("eps", "alpha", "limit") else _LONG) for name in Shape._fields]
 
 
 class _Pages(Structure):
@@ -189,11 +187,10 @@ class Kernels:
 
     def __init__(self, target: Sequence[str] = build.THIS_CPU) -> None:
         """Compile or find them. Raises: MachineError if that cannot be, with the reason."""
-        library = build.load(target)
+        self.library = library = build.load(target)
         for name, signature in _SIGNATURES.items():
             function = getattr(library, f"gptoss_{name}")
             function.argtypes, function.restype = signature, None
-            setattr(self, f"_{name}", function)
         self.level = "AVX512_BF16" if library.gptoss_level() == 2 else f"vectors of {library.gptoss_lanes()} floats"
 
     def linear(self, x: Tensor, affine: Affine, dtype: torch.dtype | None = None) -> Tensor:
@@ -201,7 +198,7 @@ class Kernels:
         n, k = x.shape
         assert affine.weight.shape[1] == k, f"x has {k} features, the weight {affine.weight.shape[1]}"
         y = x.new_empty(n, affine.weight.shape[0], dtype=dtype)
-        self._linear(
+        self.library.gptoss_linear(
             DTYPES[x.dtype], _at(x), n, k, byref(_Affine.of(affine)), _at(y), y.dtype == torch.float32,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -225,7 +222,7 @@ class Kernels:
         assert x.shape[1] == down.scales.shape[1] == 32 * gate_up.scales.shape[2], "C of x and the projections differ"
         assert gate_up.scales.shape[1] == 64 * down.scales.shape[2], "I of the projections differs"
         out = torch.empty_like(x)
-        self._experts(
+        self.library.gptoss_experts(
             DTYPES[x.dtype], _at(x), _at(chosen), _at(weights), *chosen.shape, len(gate_up.bias),
             byref(_Projection.of(gate_up)), byref(_Projection.of(down)), *activation, _at(out), torch.get_num_threads(),
         )  # fmt: skip
@@ -253,7 +250,7 @@ class Kernels:
         n, h, d = q.shape
         _, kv, page_tokens, _ = pools[0].shape
         out = torch.empty_like(q)
-        self._attention(
+        self.library.gptoss_attention(
             DTYPES[q.dtype], _at(q), _at(k), _at(v), *map(_at, places), *map(_at, pools), byref(_Pages.of(pages)),
             page_tokens, _at(sinks), n, h, kv, d, window, _at(out), torch.get_num_threads(),
         )  # fmt: skip
@@ -262,12 +259,14 @@ class Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As `gptoss_infer.model.RMSNorm`: (N, C), fp32 (C,) -> (N, C)."""
         out = torch.empty_like(x)
-        self._rms_norm(DTYPES[x.dtype], _at(x), _at(weight), eps, *x.shape, _at(out), torch.get_num_threads())
+        self.library.gptoss_rms_norm(
+            DTYPES[x.dtype], _at(x), _at(weight), eps, *x.shape, _at(out), torch.get_num_threads()
+        )
         return out
 
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         """As `gptoss_infer.model.rotate`, in place: (N, heads, D) by fp32 (N, D / 2)."""
-        self._rotate(DTYPES[x.dtype], _at(x), _at(cos), _at(sin), *x.shape, torch.get_num_threads())
+        self.library.gptoss_rotate(DTYPES[x.dtype], _at(x), _at(cos), _at(sin), *x.shape, torch.get_num_threads())
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the softmax over the k largest logits, fp32 (N, k), and which they are, int64 (N, k): fp32 (N, E).
@@ -276,7 +275,7 @@ class Kernels:
         """
         n, num_experts = logits.shape
         weights, chosen = logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
-        self._top_k(_at(logits), n, num_experts, k, _at(chosen), _at(weights))
+        self.library.gptoss_top_k(_at(logits), n, num_experts, k, _at(chosen), _at(weights))
         return weights, chosen
 
 
@@ -285,18 +284,17 @@ class Layers:
 
     def __init__(self, kernels: Kernels, shape: Shape, layers: Sequence[Layer]) -> None:
         """Take the tensors as they are now: one that is replaced later is not seen."""
-        self._run, self._shape = kernels._layers, _Shape(*shape)
+        self._run, self._shape = kernels.library.gptoss_layers, _Shape(*shape)
         self._tensors = layers  # keeps alive what is pointed to
         self._layers = (_Layer * len(layers))(*map(_Layer.of, layers))
 
-    def run_(self, x: Tensor, cos: Tensor, sin: Tensor, places: Places, full: Pages, window: Pages) -> None:
+    def run_(self, x: Tensor, angles: tuple[Tensor, Tensor], places: Places, full: Pages, window: Pages) -> None:
         """Take x (N, C) through the layers, in place, as `gptoss_infer.model.Layer` does one by one.
 
         Args:
-            cos, sin: fp32 (N, D / 2). full, window: pages in the layers of each kind.
+            angles: their cosines and sines, fp32 (N, D / 2). full, window: pages in the layers of each kind.
         """
         page_tokens = self._tensors[0].keys.shape[2]
-        step = _Step(
-            len(x), page_tokens, *map(_at, places), _at(cos), _at(sin), _Pages.of(full), _Pages.of(window)
-        )
+        pages = _Pages.of(full), _Pages.of(window)
+        step = _Step(len(x), page_tokens, *map(_at, places), *map(_at, angles), *pages)
         self._run(DTYPES[x.dtype], byref(self._shape), self._layers, byref(step), _at(x), torch.get_num_threads())

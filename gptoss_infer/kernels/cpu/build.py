@@ -125,4 +125,3 @@ def _cpu() -> str:
     kinds = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
     first = {line.split(":")[0].strip(): line for line in reversed(lines) if line}
     return "\n".join([platform.machine(), platform.processor(), *(first.get(kind, "") for kind in kinds)])
-

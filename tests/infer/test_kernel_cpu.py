@@ -326,6 +326,21 @@ def test_norms_rotations_and_choices_equal_their_definitions(kernels: Kernels, d
     assert torch.allclose(weights, order.values[:, :4].softmax(-1), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 201_088])
+def test_the_largest_of_a_row_is_found_the_first_of_equals(kernels: Kernels, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    rows = [
+        torch.randn(size, generator=generator),
+        torch.zeros(size),
+        torch.arange(size).float(),
+        -torch.arange(size).float(),
+    ]
+    rows += [torch.randint(0, 3, (size,), generator=generator).float() for _ in range(3)]
+    logits = torch.stack(rows)
+    expected = [row.tolist().index(row.max().item()) for row in logits]
+    assert kernels.argmax(logits).tolist() == expected
+
+
 def test_a_nan_is_passed_on(kernels: Kernels, dtype: torch.dtype) -> None:
     x = randn(3, 64, dtype=dtype)
     x[1, 5] = torch.nan

@@ -178,6 +178,7 @@ _SIGNATURES = {
     "rms_norm": [_INT, _POINTER, _POINTER, _FLOAT, _LONG, _LONG, _POINTER, _INT],
     "rotate": [_INT, *[_POINTER] * 3, *[_LONG] * 3, _INT],
     "top_k": [_POINTER, *[_LONG] * 3, _POINTER, _POINTER],
+    "argmax": [_POINTER, _LONG, _LONG, _POINTER, _INT],
     "layers": [_INT, POINTER(_Shape), POINTER(_Layer), POINTER(_Step), _POINTER, _INT],
 }  # fmt: skip
 
@@ -277,6 +278,12 @@ class Kernels:
         weights, chosen = logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
         self.library.gptoss_top_k(_at(logits), n, num_experts, k, _at(chosen), _at(weights))
         return weights, chosen
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Return where each row's largest value is, the first of equals: fp32 (B, V) -> int64 (B,)."""
+        out = logits.new_empty(len(logits), dtype=torch.int64)
+        self.library.gptoss_argmax(_at(logits), *logits.shape, _at(out), torch.get_num_threads())
+        return out
 
 
 class Layers:

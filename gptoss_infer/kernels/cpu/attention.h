@@ -150,9 +150,15 @@ struct Attention {
             int64_t from = offset(token, at, kv_head);
             products(queries.get(), heads, Dense<T>{keys + from, d}, count, d, scores, CHUNK);
             for (int64_t r = 0; r < heads; r++) weigh(scores + r * CHUNK, count, scale, r, to);
-            int64_t r = 0;
-            for (; r + 4 <= heads; r += 4) add_values<4>(scores + r * CHUNK, values + from, count, to.values + r * d, d);
-            for (; r < heads; r++) add_values<1>(scores + r * CHUNK, values + from, count, to.values + r * d, d);
+            for (int64_t r = 0; r < heads; r += 4) {
+                float *weights = scores + r * CHUNK, *sums = to.values + r * d;
+                switch (std::min<int64_t>(heads - r, 4)) {
+                    case 4: add_values<4>(weights, values + from, count, sums, d); break;
+                    case 3: add_values<3>(weights, values + from, count, sums, d); break;
+                    case 2: add_values<2>(weights, values + from, count, sums, d); break;
+                    default: add_values<1>(weights, values + from, count, sums, d);
+                }
+            }
             at += count;
         }
     }

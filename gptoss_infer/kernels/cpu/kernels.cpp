@@ -83,6 +83,8 @@ EXPORT void gptoss_top_k(const float* logits, int64_t n, int64_t e, int64_t k, i
     top_k(logits, n, e, k, chosen, weights);
 }
 
+EXPORT void gptoss_argmax(const float* x, int64_t n, int64_t v, int64_t* out, int threads) { argmax(x, n, v, out, threads); }
+
 // Takes x (N, C) through all layers, in place.
 EXPORT void gptoss_layers(int dtype, const Shape* shape, const Layer* layers, const Step* step, void* x, int threads) {
     by_dtype(dtype, [&](auto* type) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -10,18 +11,29 @@
 
 namespace gptoss {
 
-// Runs f(item) for every item. Threads take the next one when they are done, so a thread that has to share its core does
-// less; no result depends on who computed what.
+struct alignas(64) Counter {
+    std::atomic<int64_t> next;
+};
+
+// Runs f(item) for every item. Each thread goes through a range of its own, so that it reads memory in order, and then
+// takes what is left of others': a thread that has to share its core does less. No result depends on who computed what.
 template <class F>
 inline void parallel(int64_t items, int threads, F f) {
-    if (items < threads) threads = (int)items;
+    constexpr int MOST = 256;
+    threads = (int)std::min<int64_t>({items, threads, MOST});
     if (threads <= 1) {
         for (int64_t i = 0; i < items; i++) f(i);
         return;
     }
-    std::atomic<int64_t> next{0};
+    Counter counters[MOST];
+    for (int r = 0; r < threads; r++) counters[r].next = items * r / threads;
+    std::atomic<int> started{0};
 #pragma omp parallel num_threads(threads)
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(i);
+    for (int own = started++, turn = 0; turn < threads; turn++) {
+        int r = (own + turn) % threads;
+        int64_t end = items * (r + 1) / threads;
+        for (int64_t i; (i = counters[r].next.fetch_add(1, std::memory_order_relaxed)) < end;) f(i);
+    }
 }
 
 struct Free {

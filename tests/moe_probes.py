@@ -19,17 +19,19 @@ def linear(target: str, blocks: Tensor, scales: Tensor, bias: Tensor) -> moe.Lin
 def steps(
     target: str, block_m: int, top_k: int, x: Tensor, logits: Tensor, real: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What up, down and combine return, each fed by the one before; rows that no kernel writes are 7."""
+    """What up, down and combine return, each fed by the one before; what no kernel writes is NaN."""
     gate_up, down_proj = linear(target, *weights[:3]), linear(target, *weights[3:])
     routed = routing.route_ref(logits, top_k, block_m, real)
 
     new_empty = Tensor.new_empty
 
-    def sevens(like: Tensor, *shape: int, **options: object) -> Tensor:
+    def unwritten(like: Tensor, *shape: int, **options: object) -> Tensor:
         made = new_empty(like, *shape, **options)
-        return made.fill_(7) if made.dtype == torch.bfloat16 else made  # the interpreter makes tensors of its own
+        return (
+            made.fill_(torch.nan) if made.dtype == torch.bfloat16 else made
+        )  # the interpreter makes tensors of its own
 
-    with patch.object(tuning, "target_of", lambda device: target), patch.object(Tensor, "new_empty", sevens):
+    with patch.object(tuning, "target_of", lambda device: target), patch.object(Tensor, "new_empty", unwritten):
         hidden = moe.up(x, gate_up, routed, ACTIVATION)
         results = moe.down(hidden, down_proj, routed)
         return hidden, results, moe.combine(results, routed)

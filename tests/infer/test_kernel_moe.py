@@ -53,12 +53,12 @@ def assert_steps_equal_dense_products(
     hidden, results, out = interpreted("moe_probes", "steps", target, block_m, top_k, x, logits, real, *weights)
     routed = routing.route_ref(logits, top_k, block_m, real)
     rows = {slot: row for row, slot in enumerate(routed.slots.tolist()) if slot >= 0}
-    assert (hidden[len(rows) :] == 7).all(), "rows behind the last were written"
+    assert hidden[len(rows) :].isnan().all(), "rows behind the last were written"
     for token in range(len(x)):
         total = torch.zeros(x.shape[1], dtype=torch.float64)
         for j, expert in enumerate(routed.chosen[token].tolist()):
             if expert < 0:
-                assert (results[token, j] == 7).all(), "a slot that is not real was written"
+                assert results[token, j].isnan().all(), "a slot that is not real was written"
                 continue
             unit = hidden[rows[token * top_k + j]].double()
             pre, size = dense(*weights[:3], expert, x[token])

@@ -22,7 +22,7 @@ from evals.target import VARIANTS, Served, Target, is_url, read_recipe, recipe_v
 from gptoss_infer.errors import UsageError, run_command
 
 if TYPE_CHECKING:
-    from evals.runner import Generator
+    from evals.runner import LocalEngine
     from gptoss_infer.remote import RemoteEngine
 
 
@@ -159,7 +159,6 @@ def _run(arguments: argparse.Namespace) -> int:
         questions(samples, tasks, settings),
         settings,
         load_engine=lambda: _load_engine(target, settings, arguments.device, arguments.batch),
-        batch=arguments.batch,
     )
     scores = [
         score(records.values(), task=task.name, effort=effort, n_expected=len(samples[task.name]) * settings.epochs)
@@ -320,7 +319,7 @@ def _default_directory(target: Target | Served) -> Path:
     return Path("runs/evals") / target.name
 
 
-def _load_engine(target: Target | Served, settings: Settings, device: str, batch: int) -> Generator | RemoteEngine:
+def _load_engine(target: Target | Served, settings: Settings, device: str, batch: int) -> LocalEngine | RemoteEngine:
     if isinstance(target, Served):
         return target.engine
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
 _PROGRESS_INTERVAL_S = 10.0
 
 
-class Generator(Protocol):
+class LocalEngine(Protocol):
     """The part of `gptoss_infer.engine.Engine` that an evaluation needs."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[Completion]:
-        """Yield one completion per prompt, in order."""
+    def as_completed(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Generator[Completion]:
+        """Yield one completion per prompt, in the order in which they end."""
 
 
 Answer = tuple[Question, list[int], "Completion | Exception"]  # a question, its prompt and what became of it
@@ -43,8 +42,7 @@ def ask_all(
     wanted: Sequence[Question],
     settings: Settings,
     *,
-    load_engine: Callable[[], Generator | RemoteEngine],
-    batch: int,
+    load_engine: Callable[[], LocalEngine | RemoteEngine],
 ) -> dict[Key, Record]:
     """Ask what has no record yet or ended in an infra_error; returns the records of all of `wanted`.
 
@@ -59,7 +57,7 @@ def ask_all(
     if pending:
         with appending(directory) as file:
             try:
-                _ask(file, pending, settings, engine=load_engine(), batch=batch)
+                _ask(file, pending, settings, engine=load_engine())
             except (KeyboardInterrupt, Terminated):
                 print(f"\nwhat is done is in {directory}; the same command goes on from there", file=sys.stderr)
                 raise
@@ -68,7 +66,7 @@ def ask_all(
 
 
 def _ask(
-    file: BinaryIO, pending: Sequence[Question], settings: Settings, *, engine: Generator | RemoteEngine, batch: int
+    file: BinaryIO, pending: Sequence[Question], settings: Settings, *, engine: LocalEngine | RemoteEngine
 ) -> None:
     from gptoss_infer.remote import RemoteEngine
 
@@ -77,9 +75,7 @@ def _ask(
     if isinstance(engine, RemoteEngine):
         answers = _served(engine, prompter, pending, settings)
     else:
-        starts = range(0, len(pending), batch)
-        batches = (_answers(engine, prompter, pending[start : start + batch], settings) for start in starts)
-        answers = chain.from_iterable(batches)
+        answers = _answers(engine, prompter, pending, settings)
     for question, prompt, result in answers:
         if isinstance(result, Exception):
             record = _unanswered(question, prompt, settings, f"{type(result).__name__}: {result}")
@@ -112,32 +108,33 @@ def _params(question: Question, settings: Settings) -> SamplingParams:
     )
 
 
-def _answers(engine: Generator, prompter: Prompter, batch: Sequence[Question], settings: Settings) -> Iterator[Answer]:
-    """Yield every question of a batch with its prompt and what became of it.
+def _answers(
+    engine: LocalEngine, prompter: Prompter, asked: Sequence[Question], settings: Settings
+) -> Iterator[Answer]:
+    """Yield every question with its prompt and what became of it, in the order in which the answers end.
 
-    Where the engine raises, the questions that it had not answered are asked one at a time, so that one bad prompt or a
-    batch too large for the memory does not fail its neighbours.
+    Where the engine raises, what it had not answered is asked again in two halves, and so on: one bad prompt, or too
+    many at once for the memory, does not fail the others.
     """
-    prompts = [prompter.render(question) for question in batch]
-    params = [_params(question, settings) for question in batch]
-    answered = 0
+    prompts = [prompter.render(question) for question in asked]
+    params = [_params(question, settings) for question in asked]
+    left = dict.fromkeys(range(len(asked)))
     try:
-        for completion in engine.generate(prompts, params):
-            yield batch[answered], prompts[answered], completion
-            answered += 1
-        if answered < len(batch):
-            raise RuntimeError(f"the engine answered {answered} of {len(batch)} prompts")
-    except (
-        Exception
-    ) as error:  # whatever the engine raises is an infra_error of these samples, recorded with its message
-        if len(batch) == 1:
-            yield batch[0], prompts[0], error
+        with closing(engine.as_completed(prompts, params)) as completions:
+            for completion in completions:
+                del left[completion.prompt_index]
+                yield asked[completion.prompt_index], prompts[completion.prompt_index], completion
+        if left:
+            raise RuntimeError(f"the engine answered {len(asked) - len(left)} of {len(asked)} prompts")
+    except Exception as error:  # whatever the engine raises is an infra_error of a sample, recorded with its message
+        if len(asked) == 1:
+            yield asked[0], prompts[0], error
             return
-        print(
-            f"a batch of {len(batch)} failed ({type(error).__name__}: {error}); asking one at a time", file=sys.stderr
-        )
-        for question in batch[answered:]:
-            yield from _answers(engine, prompter, [question], settings)
+        print(f"{len(left)} prompts failed ({type(error).__name__}: {error}); asking again in halves", file=sys.stderr)
+        rest = [asked[index] for index in left]
+        for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            if half:
+                yield from _answers(engine, prompter, half, settings)
 
 
 def _answered(

@@ -6,15 +6,16 @@ share the pages of what they have in common.
 
 What a request yields depends on its prompt and parameters alone: random numbers are a function of seed and position.
 Neighbours change results only as far as they change the rounding of logits, and with `deterministic` not even that:
-every chunk of every sample is then computed on its own, cut where its own length says. That costs the sharing of
-weights between samples, which is what batching is for; use it to find out what caused a difference.
+prompts are cut where their own length says, and where the order of a sum depends on its neighbours (everywhere but in
+the compiled kernels of a CPU) every chunk of every sample is computed on its own. That costs the sharing of weights
+between samples, which is what batching is for; use it to find out what caused a difference.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -201,6 +202,21 @@ class Engine:
                 while one.finish_reason is None:
                     self.step()
                 yield one.completion()
+        finally:
+            self.cancel(samples)
+
+    def as_completed(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> Generator[Completion]:
+        """Yield the completions of all prompts in the order in which they end. Raises as `generate` does."""
+        samples = self.add(prompts, params)
+        left = set(map(id, samples))
+        try:
+            while left:
+                for one in self.step():
+                    if one.finish_reason is not None and id(one) in left:
+                        left.remove(id(one))
+                        yield one.completion()
         finally:
             self.cancel(samples)
 

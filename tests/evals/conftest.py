@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,8 +68,8 @@ class FakeEngine:
     prompts: list[str] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[Completion]:
-        """Answer in order; an error ends the batch, as in the real engine."""
+    def as_completed(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Generator[Completion]:
+        """Answer in order; an error ends it for all, as in the real engine."""
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             text = harmony.decode(prompt)
             self.prompts.append(text)

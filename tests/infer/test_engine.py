@@ -98,6 +98,22 @@ def test_completions_come_in_prompt_order_n_each(model: GptOss) -> None:
     assert [(c.prompt_index, c.sample_index) for c in completions] == [(p, s) for p in range(3) for s in range(3)]
 
 
+def test_completions_can_be_had_in_the_order_in_which_they_end(model: GptOss) -> None:
+    lengths = (24, 3, 12, 1, 7)
+    params = [replace(SAMPLED, max_tokens=length) for length in lengths]
+    asked = prompts(9, 70, 20, 5, 33)
+    found = list(Engine(model, max_batch=5).as_completed(asked, params))
+    assert [lengths[one.prompt_index] for one in found] == sorted(lengths)
+    assert sorted(found, key=lambda one: one.prompt_index) == list(Engine(model).generate(asked, params))
+
+
+def test_what_waits_for_a_place_joins_while_a_long_sample_goes_on(model: GptOss) -> None:
+    params = [replace(GREEDY, max_tokens=length) for length in (20, 2, 2, 2, 2)]
+    engine = Engine(model, max_batch=2)
+    order = [one.prompt_index for one in engine.as_completed(prompts(9, 9, 9, 9, 9), params)]
+    assert order == [1, 2, 3, 4, 0], "the first of two places is taken to the end, the other one four times"
+
+
 def test_a_stop_token_ends_the_sample_and_is_part_of_it(model: GptOss) -> None:
     (prompt,) = prompts(10)
     free = next(Engine(model).generate([prompt], GREEDY)).token_ids

@@ -15,6 +15,7 @@ keys in a block's range.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ class Blocks:
     def __init__(self, starts: Tensor, device: torch.device) -> None:
         self.num_tokens, self.device = len(starts), device
         self.first_of = starts.tolist()
-        self.starts = starts.to(device)
+        self.starts = starts.to(device, torch.int32)
+        # Where the document of each token ends: at the first start that is not the token's own.
+        self.ends = torch.searchsorted(starts, starts, right=True).to(device, torch.int32)
 
     def ranges(self, window: int | None, num_heads: int) -> list[tuple[int, int, int]]:
         """Return (first query, end of queries, first key) of every block; its last key is its last query.
@@ -83,42 +86,73 @@ class _PackedAttention(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, window: int | None
     ) -> Tensor:
-        n, heads, _ = q.shape
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dtype = torch.promote_types(torch.float32, q.dtype)
-        normalizers = torch.empty(heads, n, dtype=dtype, device=q.device)  # (H, N): log of the sum, sink included
-        for first, end, key in blocks.ranges(window, heads):
-            pair = k[key:end].transpose(0, 1), v[key:end].transpose(0, 1)  # (K, S, D)
-            hidden = blocks.hidden(first, end, key, window)
-            out[first:end], normalizers[:, first:end] = _attend(q[first:end], *pair, sinks, hidden)
+        out, normalizers = kernels.packed_forward(q, k, v, sinks, blocks, window=window)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(q, k, v, sinks, out, normalizers)
+            ctx.save_for_backward(q, k, v, out, normalizers, sinks)
             ctx.blocks, ctx.window = blocks, window
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, sinks, out, normalizers = ctx.saved_tensors
-        heads, kv, dtype = q.shape[1], k.shape[1], normalizers.dtype
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-        products = torch.linalg.vecdot(grad.to(dtype), out.to(dtype)).T.contiguous()  # (H, N)
-        for first, end, key in ctx.blocks.ranges(ctx.window, heads):
-            queries, upstream = _by_kv_head(q[first:end], kv), _by_kv_head(grad[first:end], kv)  # (K, R n, D)
-            keys, values = k[key:end].transpose(0, 1), v[key:end].transpose(0, 1)  # (K, S, D)
-            weights = _scores(queries, keys, ctx.blocks.hidden(first, end, key, ctx.window))
-            weights.sub_(normalizers[:, first:end].reshape(kv, -1, 1)).exp_()  # (K, R n, S)
-            grad_v[key:end] += torch.bmm(weights.to(v.dtype).mT, upstream).transpose(0, 1)
-            slopes = torch.bmm(upstream, values.mT).to(dtype)  # (K, R n, S)
-            slopes.sub_(products[:, first:end].reshape(kv, -1, 1)).mul_(weights).mul_(q.shape[2] ** -0.5)
-            slopes = slopes.to(q.dtype)
-            grad_q[first:end] = _by_token(torch.bmm(slopes, keys), heads)
-            grad_k[key:end] += torch.bmm(slopes.mT, queries).transpose(0, 1)
+        *attended, sinks = ctx.saved_tensors
+        *grads, products = kernels.packed_backward(grad, Attended(*attended), ctx.blocks, window=ctx.window)
         grad_sinks = None
         if ctx.needs_input_grad[3]:
-            shares = (sinks.to(dtype).unsqueeze(1) - normalizers).exp()  # (H, N)
+            shares = (sinks.to(products.dtype).unsqueeze(1) - attended[-1]).exp()  # (H, N)
             grad_sinks = -(shares * products).sum(1).to(sinks.dtype)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
+        return *grads, grad_sinks, None, None
+
+
+class Attended(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    q: Tensor  # (N, H, D)
+    k: Tensor  # (N, K, D)
+    v: Tensor  # (N, K, D)
+    out: Tensor  # (N, H, D)
+    normalizers: Tensor  # fp32 or better (H, N): logarithms of the sums, sinks included
+
+
+def packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, *, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the output (N, H, D) and the normalizers (H, N); arguments as in `packed_attention`."""
+    n, heads, _ = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(torch.float32, q.dtype)
+    normalizers = torch.empty(heads, n, dtype=dtype, device=q.device)
+    for first, end, key in blocks.ranges(window, heads):
+        pair = k[key:end].transpose(0, 1), v[key:end].transpose(0, 1)  # (K, S, D)
+        hidden = blocks.hidden(first, end, key, window)
+        out[first:end], normalizers[:, first:end] = _attend(q[first:end], *pair, sinks, hidden)
+    return out, normalizers
+
+
+def packed_backward(
+    grad: Tensor, attended: Attended, blocks: Blocks, *, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients to q, k and v, and the dot products of the rows of `out` and `grad`, (H, N).
+
+    Args:
+        grad: (N, H, D), to the output.
+    """
+    q, k, v, out, normalizers = attended
+    heads, kv, dtype = q.shape[1], k.shape[1], normalizers.dtype
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+    products = torch.linalg.vecdot(grad.to(dtype), out.to(dtype)).T.contiguous()  # (H, N)
+    for first, end, key in blocks.ranges(window, heads):
+        queries, upstream = _by_kv_head(q[first:end], kv), _by_kv_head(grad[first:end], kv)  # (K, R n, D)
+        keys, values = k[key:end].transpose(0, 1), v[key:end].transpose(0, 1)  # (K, S, D)
+        weights = _scores(queries, keys, blocks.hidden(first, end, key, window))
+        weights.sub_(normalizers[:, first:end].reshape(kv, -1, 1)).exp_()  # (K, R n, S)
+        grad_v[key:end] += torch.bmm(weights.to(v.dtype).mT, upstream).transpose(0, 1)
+        slopes = torch.bmm(upstream, values.mT).to(dtype)  # (K, R n, S)
+        slopes.sub_(products[:, first:end].reshape(kv, -1, 1)).mul_(weights).mul_(q.shape[2] ** -0.5)
+        slopes = slopes.to(q.dtype)
+        grad_q[first:end] = _by_token(torch.bmm(slopes, keys), heads)
+        grad_k[key:end] += torch.bmm(slopes.mT, queries).transpose(0, 1)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), products
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

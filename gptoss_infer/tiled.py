@@ -32,10 +32,8 @@ def tile_experts(model: GptOss) -> str:
 
 
 def _why_not(model: GptOss, layers: list[MoE]) -> str | None:
-    if not model.lm_head.weight.is_cuda:
-        return f"the model is on {model.device.type}"
-    if not kernels.has_triton():
-        return "triton is not installed: pip install triton"
+    if (why := kernels.why_no_triton(model.lm_head.weight)) is not None:
+        return why
     if model.lm_head.weight.dtype != torch.bfloat16:
         return f"the model computes in {model.lm_head.weight.dtype}, the kernels in torch.bfloat16"
     for layer in layers:

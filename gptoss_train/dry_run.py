@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gptoss_infer import kernels, mxfp4
+from gptoss_infer.attention import Attended
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.experts import Routing
 from gptoss_infer.loading import DTYPES
@@ -178,6 +179,8 @@ def _without_data(gpu: bool) -> Iterator[None]:
         stack.enter_context(patch.object(Routing, "of", _even_routing))
         if gpu:
             stack.enter_context(patch.object(kernels, "decode", _decode_in_one_kernel))
+            stack.enter_context(patch.object(kernels, "packed_forward", _attention_in_one_kernel))
+            stack.enter_context(patch.object(kernels, "packed_backward", _attention_slopes_in_two_kernels))
         else:
             stack.enter_context(patch.object(kernels, "on_gpu", lambda x: False))
         yield
@@ -196,6 +199,19 @@ def _decode_in_one_kernel(blocks: Tensor, scales: Tensor, dtype: torch.dtype) ->
     mxfp4.check_pair(blocks, scales)
     blocks.contiguous(), scales.contiguous()
     return scales.new_empty(*scales.shape, mxfp4.BLOCK, dtype=dtype).flatten(-2)
+
+
+def _attention_in_one_kernel(q: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    """Allocate what Triton's attention does: the output, and a number per row."""
+    return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+
+
+def _attention_slopes_in_two_kernels(
+    grad: Tensor, attended: Attended, *_: object, **__: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate what its backward pass does: three gradients, and a number per row."""
+    q, k, v, normalizers = attended.q, attended.k, attended.v, attended.normalizers
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(normalizers)
 
 
 def _forgotten(offload: Callable[[Tensor], tuple[torch.Size, torch.dtype]]) -> saved_tensors_hooks:

@@ -20,21 +20,21 @@ PACKAGES = ("gptoss_infer", "gptoss_train", "evals")
 # What each package may import of gptoss_infer. (Training gets the engine with the first method that samples.)
 OF_INFER = {
     "gptoss_train": {
-        "adapter", "checkpoint", "config", "errors", "experts", "harmony", "kernels", "loading", "lora", "model",
-        "mxfp4", "rounding",
+        "adapter", "attention", "checkpoint", "config", "errors", "experts", "harmony", "kernels", "loading", "lora",
+        "model", "mxfp4", "rounding",
     },
     "evals": {"config", "engine", "errors", "harmony", "remote", "sandbox", "tools"},
 }  # fmt: skip
 # Inside gptoss_infer: the formats know nothing of the model, the model nothing of the engine.
 FORMATS = {"checkpoint", "config", "errors", "harmony", "mxfp4", "rounding"}
 LAYERS = {name: FORMATS for name in FORMATS} | {
-    "kernels": FORMATS | {"kernels"},
+    "kernels": FORMATS | {"attention", "kernels", "page_tables", "sampling"},
     "attention": {"attention", "kernels"},
     "experts": FORMATS | {"kernels", "experts"},
-    "model": FORMATS | {"attention", "experts", "model"},
-    "cache": FORMATS,
+    "model": FORMATS | {"attention", "experts", "kernels", "model"},
     "sampling": set(),
     "constraints": FORMATS,
+    "page_tables": {"attention"},
     "adapter": FORMATS | {"adapter"},
     "loading": FORMATS | {"kernels", "model"},
     "lora": FORMATS | {"adapter", "experts", "model"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +20,9 @@ from gptoss_infer import mxfp4
 from gptoss_infer.errors import MachineError
 
 if TYPE_CHECKING:
-    from gptoss_infer.kernels.cpu import Kernels
-
-if TYPE_CHECKING:
+    from gptoss_infer.attention import Attended, Blocks
     from gptoss_infer.kernels import moe
+    from gptoss_infer.kernels.cpu import Kernels
 
 MAX_TILED_SCALE = 128  # larger scale bytes have no place in tiles; it means weights of up to 12
 _LOG = logging.getLogger(__name__)
@@ -33,9 +33,21 @@ def on_gpu(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels run where `x` is."""
+    return why_no_triton(x) is None
+
+
+def why_no_triton(x: Tensor) -> str | None:
+    """Return why no kernel of Triton's runs where `x` is; None if they do."""
+    if not x.is_cuda:
+        return f"the model is on {x.device.type}"
+    return None if has_triton() else "triton is not installed: pip install triton"
+
+
 def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Expand MXFP4; signature, values and errors are those of `gptoss_infer.mxfp4.decode`."""
-    if blocks.is_cuda and dtype in (torch.bfloat16, torch.float32) and has_triton():
+    if dtype in (torch.bfloat16, torch.float32) and runs_triton(blocks):
         from gptoss_infer.kernels import mxfp4_decode
 
         return mxfp4_decode.decode(blocks, scales, dtype)
@@ -72,6 +84,40 @@ def run_tiled(
     return moe.moe(x, logits, moe.Layer(gate_up, down, moe.Swiglu(*activation), top_k), adapters=adapters)
 
 
+def packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, blocks: Blocks, *, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attend over a packed batch; signature and results are those of `gptoss_infer.attention.packed_forward`."""
+    forward, _ = _packed_attention(q)
+    return forward(q, k, v, sinks, blocks, window=window)
+
+
+def packed_backward(
+    grad: Tensor, attended: Attended, blocks: Blocks, *, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give gradients; signature and results are those of `gptoss_infer.attention.packed_backward`."""
+    _, backward = _packed_attention(attended.q)
+    return backward(grad, attended, blocks, window=window)
+
+
+def _packed_attention(q: Tensor) -> tuple[Callable, Callable]:
+    """Return the forward and backward pass for tensors like `q`."""
+    from gptoss_infer import attention
+
+    if runs_triton(q):
+        from gptoss_infer.kernels import packed_attention
+
+        if packed_attention.fits(q.dtype, q.shape[2]):
+            return packed_attention.packed_forward, packed_attention.packed_backward
+        _say_once(f"attention has no kernel for heads of size {q.shape[2]} in {q.dtype}: plain PyTorch, more slowly")
+    return attention.packed_forward, attention.packed_backward
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    _LOG.warning("%s", text)
+
+
 @functools.cache
 def cpu_kernels() -> Kernels | None:
     """Return the compiled kernels of the CPU; where they cannot be had, None, and one line that says why."""
@@ -89,5 +135,5 @@ def has_triton() -> bool:
     """Whether Triton is installed; without it a GPU runs the references, which is said once."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
-        _LOG.warning("triton is not installed: the GPU runs plain PyTorch instead of our kernels, more slowly")
+        _say_once("triton is not installed: the GPU runs plain PyTorch instead of our kernels, more slowly")
     return found

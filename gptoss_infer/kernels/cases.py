@@ -18,7 +18,7 @@ from gptoss_infer.config import ModelConfig
 
 # Targets for which every kernel must compile, and for which launchers have their tuning.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = ("low_rank", "moe_cases", "mxfp4_decode", "routing")
+MODULES = ("attention_cases", "low_rank", "moe_cases", "mxfp4_decode", "routing")
 
 # What matrix instructions a kernel must come out with. "wide" ones are those of a whole warpgroup on sm_90 and of
 # tensor memory on sm_100, for which a product needs 64 rows; "any" are of a single warp (HMMA) or better.
@@ -36,6 +36,7 @@ class Case:
     aligned: Sequence[str] = ()  # pointers and sizes that are multiples of 16; without it loads are not vectorised
     options: Mapping[str, object] = field(default_factory=dict)  # num_warps, num_stages, ...
     tensor_cores: TensorCores = "none"
+    keeps_subnormals: bool = True  # results may not be rounded to zero; a softmax does not care
     blocks: int = 1  # that must fit on one multiprocessor, by registers and shared memory
 
 

@@ -77,7 +77,7 @@ class Resources:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, {target} has {SHARED_LIMITS[target]}")
         if (fitting := self.fitting(target, int(str(case.options.get("num_warps", 4))))) < case.blocks:
             found.append(f"only {fitting} of {case.blocks} blocks fit on a multiprocessor")
-        if self.flushes_subnormals:
+        if self.flushes_subnormals and case.keeps_subnormals:
             found.append("rounds subnormals to zero")
         wanted = MATRIX_INSTRUCTIONS[target][case.tensor_cores]
         if wanted and not any(self.matrix_instructions.get(kind) for kind in wanted):

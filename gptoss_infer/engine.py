@@ -13,6 +13,7 @@ between samples, which is what batching is for; use it to find out what caused a
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -32,8 +33,8 @@ from gptoss_infer.harmony import STOP_TOKENS
 from gptoss_infer.harmony.vocabulary import VOCABULARY_SIZE
 from gptoss_infer.loading import load, pick_device, show_progress
 from gptoss_infer.model import GptOss
-from gptoss_infer.pages import Kind, PagedCache, Step
-from gptoss_infer.sampling import Draws, sample
+from gptoss_infer.pages import Kind, PagedCache, step_of
+from gptoss_infer.sampling import Draws
 from gptoss_infer.scheduler import Chunk, Limits, Pool, Scheduler
 from gptoss_infer.tiled import tile_experts
 
@@ -155,6 +156,9 @@ class Engine:
         }
         self.cache = PagedCache(config, num_pages, page_tokens, dtype, model.device)
         self.compiled = CompiledModel.of(model, self.cache)
+        if model.device.type != "cpu":
+            print_once(f"attention: {_path(self.cache.why_no_kernels)}")
+            print_once(f"norms, sampling: {_path(kernels.why_no_triton(model.lm_head.weight))}")
         self.scheduler = Scheduler(self.limits, Pool(num_pages["full"]), Pool(num_pages["window"]))
 
     @classmethod
@@ -267,7 +271,7 @@ class Engine:
             hidden = self._hidden(batch)
             self.scheduler.advance(batch)
             if ending:
-                logits = self.model.lm_head(hidden).float() if self.compiled is None else self.compiled.logits(hidden)
+                logits = self.model.lm_head(hidden) if self.compiled is None else self.compiled.logits(hidden)
                 self._extend(ending, logits)
             grown += ending
         return grown
@@ -276,13 +280,13 @@ class Engine:
         """Compute the tokens of a batch; return the final hidden states of those that samples end with, (B, C)."""
         if self.compiled is not None:
             return self.compiled.hidden(batch)
-        step = Step(self.cache, batch, self.model.device)
+        step = step_of(self.cache, batch, self.model.device)
         hidden = self.model.hidden(step.input_ids[None], step.positions[None], step)[0]  # (N, C)
         rows = [row for row, chunk in zip(step.last_rows, batch, strict=True) if chunk.reaches_end]
         return hidden[rows]
 
     def _extend(self, samples: list[Sample], logits: Tensor) -> None:
-        """Draw the next token of each sample from fp32 logits (B, V); free those that it was the last of."""
+        """Draw the next token of each sample from logits (B, V); free those that it was the last of."""
         draw_next(samples, logits, None if self.compiled is None else self.compiled.compiled.argmax)
         for one in samples:
             if one.finish_reason is not None:
@@ -332,7 +336,7 @@ def make_samples(
 
 
 def draw_next(samples: Sequence[Sample], logits: Tensor, argmax: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Add the next token to each sample, drawn from fp32 logits (B, V), and say whether it was the last.
+    """Add the next token to each sample, drawn from logits (B, V), and say whether it was the last.
 
     argmax: a faster way to the ids (B,) where all that is wanted of every sample is its likeliest token.
     """
@@ -343,7 +347,7 @@ def draw_next(samples: Sequence[Sample], logits: Tensor, argmax: Callable[[Tenso
     if argmax is not None and greedy:
         tokens, logprobs = argmax(logits), None
     else:
-        tokens, logprobs = sample(logits, _draws(samples, logits.device), allowed, logprobs=wanted)
+        tokens, logprobs = kernels.sample(logits, _draws(samples, logits.device), allowed, logprobs=wanted)
     values = [0.0] * len(samples) if logprobs is None else logprobs.tolist()
     for one, token, logprob in zip(samples, tokens.tolist(), values, strict=True):
         one.tokens.append(token)
@@ -375,6 +379,17 @@ def _draws(samples: Sequence[Sample], device: torch.device) -> Draws:
         sample=column(zeros, torch.int64),
         position=column([len(one.tokens) for one in samples], torch.int64),
     )
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line to stderr, unless it was before."""
+    print(line, file=sys.stderr)
+
+
+def _path(why_no_kernels: str | None) -> str:
+    """Say which way a part goes on a GPU, and why if it is the slow one."""
+    return "Triton kernels" if why_no_kernels is None else f"plain PyTorch, because {why_no_kernels}"
 
 
 def _cache_tokens(config: ModelConfig, limits: Limits, dtype: torch.dtype, device: torch.device) -> int:

@@ -20,18 +20,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from gptoss_infer import kernels
 from gptoss_infer.attention import Blocks, packed_attention
 from gptoss_infer.config import ModelConfig, RopeConfig
 from gptoss_infer.experts import Activation, ExpertFormat, Experts, Routing, Shown
 
 Recompute = Literal["none", "experts", "layers"]
+Angles = tuple[Tensor, Tensor]  # cosines and sines by which heads are rotated: (N, D/2) each
 
 
 class LayerCache(Protocol):
     """What attention asks of a cache."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None) -> Tensor:
-        """Keep this call's keys and values (N, K, D), and attend from (N, H, D) to all that each token sees."""
+    def attend(
+        self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], angles: Angles, sinks: Tensor, window: int | None
+    ) -> Tensor:
+        """Keep this call's keys and values (N, K, D), and attend from (N, H, D) to all that each token sees.
+
+        Queries and keys come as they are projected, and are rotated by the angles first.
+        """
         ...
 
 
@@ -57,7 +64,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C) in the dtype of x."""
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return self.of_sum(x, None)[1]
+
+    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + delta, or x without one, and its norm, all (..., C); in one pass where a GPU infers."""
+        if torch.is_inference_mode_enabled() and kernels.runs_triton(x):
+            return kernels.add_norm(x, delta, self.weight, self.eps)
+        total = x if delta is None else x + delta
+        return total, _RMSNorm.apply(total, self.weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -101,8 +115,9 @@ def rope_frequencies(head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
     return inverse, 0.1 * math.log(rope.factor) + 1
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, T, heads, D) by angles (B, T, 1, D/2); the pairs are the two halves of D."""
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Rotate (N, heads, D); the pairs are the two halves of D."""
+    cos, sin = (part.unsqueeze(1) for part in angles)  # (N, 1, D/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -124,14 +139,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, T, H or K, D)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (N, H or K, D)
+            proj(x).flatten(0, 1).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (N, H or K, D)
         if context.cache is None:
+            q, k = rotate(q, context.angles), rotate(k, context.angles)
             out = packed_attention(q, k, v, self.sinks, context.blocks, window=self.window)
         else:
-            out = context.cache.attend(self.layer, q, k, v, self.sinks, self.window)
+            out = context.cache.attend(self.layer, (q, k, v), context.angles, self.sinks, self.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
@@ -178,8 +192,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x), context)
+        attended = self.self_attn(self.input_layernorm(x), context)
+        x, normed = self.post_attention_layernorm.of_sum(x, attended)
+        return x + self.mlp(normed, context)
 
 
 class Context:
@@ -191,8 +206,8 @@ class Context:
         self.recompute: Recompute = "none"
         self.watch: Watch | None = None
         frequencies, scale = rope_frequencies(config.head_dim, config.rope)
-        angles = positions.to(device)[:, :, None, None].float() * frequencies.to(device)  # (B, T, 1, D/2)
-        self.cos, self.sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+        angles = positions.to(device).flatten().unsqueeze(1).float() * frequencies.to(device)  # (N, D/2)
+        self.angles: Angles = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
         if cache is None:
             self.blocks = Blocks(document_starts(positions), device)
 

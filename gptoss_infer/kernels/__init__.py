@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gptoss_infer.attention import Attended, Blocks
     from gptoss_infer.kernels import moe
     from gptoss_infer.kernels.cpu import Kernels
+    from gptoss_infer.page_tables import Batch
+    from gptoss_infer.sampling import Draws
 
 MAX_TILED_SCALE = 128  # larger scale bytes have no place in tiles; it means weights of up to 12
 _LOG = logging.getLogger(__name__)
@@ -111,6 +113,63 @@ def _packed_attention(q: Tensor) -> tuple[Callable, Callable]:
             return packed_attention.packed_forward, packed_attention.packed_backward
         _say_once(f"attention has no kernel for heads of size {q.shape[2]} in {q.dtype}: plain PyTorch, more slowly")
     return attention.packed_forward, attention.packed_backward
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + delta, or x without one, and its RMSNorm, all (..., C); no gradients, and only where `runs_triton`."""
+    from gptoss_infer.kernels import norm
+
+    flat = None if delta is None else delta.reshape(-1, x.shape[-1])
+    total, normed = norm.add_norm(x.reshape(-1, x.shape[-1]), flat, weight, eps)
+    return total.view(x.shape), normed.view(x.shape)
+
+
+def why_not_paged(keys: Tensor) -> str | None:
+    """Return why `attend_paged` cannot work over pages like these, (pages, K, T, D); None if it can."""
+    if (why := why_no_triton(keys)) is not None:
+        return why
+    from gptoss_infer.kernels import paged_attention
+
+    _, _, tokens, d = keys.shape
+    if not paged_attention.fits(keys.dtype, d, tokens):
+        return f"there is no kernel for heads of size {d} in {keys.dtype}, in pages of {tokens} tokens"
+    return None
+
+
+def attend_paged(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    pages: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor,
+    batch: Batch,
+    *,
+    window: int | None,
+) -> Tensor:
+    """Rotate queries and keys, keep keys and values in their pages, and attend; (N, H, D), no gradients.
+
+    Args:
+        qkv: (N, H, D), (N, K, D), (N, K, D), as projected. angles: cosines and sines, (N, D/2) each.
+        pages: keys and values, (pages, K, T, D) each, and where there each token belongs, int32 (N,): page T + slot.
+        sinks: (H,). batch: the tables of the step. window: as in `gptoss_infer.page_tables.attend`.
+    """
+    from gptoss_infer.kernels import paged_attention, rope
+
+    keys, values, places = pages
+    q = rope.rotate_and_store(qkv, angles, keys, values, places)
+    return paged_attention.paged_attention(q, keys, values, sinks, batch, window=window)
+
+
+def sample(
+    logits: Tensor, draws: Draws, allowed: Tensor | None = None, *, logprobs: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Draw the next id of every row; signature, ids and errors are those of `gptoss_infer.sampling.sample`."""
+    if runs_triton(logits):
+        from gptoss_infer.kernels import sampling as in_triton
+
+        return in_triton.sample(logits, draws, allowed, logprobs=logprobs)
+    from gptoss_infer import sampling
+
+    return sampling.sample(logits, draws, allowed, logprobs=logprobs)
 
 
 @functools.cache

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from paged import dense_rows, random_step
 
+import gptoss_infer as gi
 from gptoss_infer import page_tables
+from gptoss_infer.engine import Engine, SamplingParams
+from gptoss_infer.model import rotate
 from gptoss_infer.page_tables import MAX_SPLITS, SPLIT_TOKENS, Held, batch_of, shared_beginnings, split_tokens
+from gptoss_infer.pages import KernelStep, Step
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
@@ -92,3 +97,38 @@ def test_tables_list_decoding_sequences_and_prompts_apart_with_their_limits() ->
     assert batch.decode.rows.tolist() == [0, 10]
     assert [x.tolist() for x in batch.prefill] == [[[7]], [0], [1], [9]]
     assert (batch.max_keys, batch.max_new, batch.shared) == (34, 9, None)
+
+
+def test_both_ways_through_a_step_see_the_same_keys_whatever_the_scheduler_plans(tiny_checkpoint: Path) -> None:
+    """The tables that kernels read, and the padded ones of plain PyTorch, over the same pages, in every step."""
+    model = gi.load(tiny_checkpoint, device="cpu", dtype=torch.float32)
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    engine = Engine(model, page_tokens=16, step_tokens=64, cache_tokens=512)
+    prompts = [torch.randint(0, 512, (n,), generator=generator).tolist() for n in (150, 1, 40)]
+    samples = engine.add(prompts, SamplingParams(max_tokens=20, n=2, stop_token_ids=()))
+    shared = 0
+    while any(len(one.token_ids) < 20 for one in samples):
+        chunks = engine.scheduler.plan()
+        plain, by_tables = (kind(engine.cache, chunks, model.device) for kind in (Step, KernelStep))
+        angles = torch.rand(2, len(plain.positions), config.head_dim // 2, generator=generator)
+        for layer, kind in enumerate(engine.cache.kinds):
+            q, k, v = (
+                torch.randn(len(plain.positions), heads, config.head_dim, generator=generator)
+                for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+            )
+            sinks, window = torch.zeros(config.num_attention_heads), config.sliding_window if kind == "window" else None
+            expected = plain.attend(layer, (q, k, v), (angles[0], angles[1]), sinks, window)
+            pools, batch = (engine.cache.keys[layer], engine.cache.values[layer]), by_tables.batches[kind]
+            got = page_tables.attend(rotate(q, (angles[0], angles[1])), *pools, sinks, batch, window=window)
+            assert torch.allclose(got, expected, atol=1e-5)
+            kept = pools[1].transpose(1, 2).flatten(0, 1)[by_tables.places[kind].long()]  # (N, K, D)
+            assert torch.equal(kept, v)
+            shared += batch.shared is not None
+        engine.scheduler.advance(chunks)
+        for sample in samples:
+            if sample.finish_reason is None and sample.missing == 0 and sample in engine.scheduler.running:
+                sample.tokens.append(1)
+                if len(sample.token_ids) == 20:
+                    sample.finish_reason = "length"
+                    engine.scheduler.remove(sample)
+    assert shared > 10  # the first prompt's two samples, which have eight pages in common

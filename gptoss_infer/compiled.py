@@ -28,11 +28,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class CompiledModel:
-    """A model and its cache. Takes their tensors as they are: load adapters and move the model before."""
+    """A model and its cache. Takes their tensors as they are: move the model before.
+
+    Of several adapters (`gptoss_infer.lora.Adapters`) each has its own table of the layers' tensors.
+    """
 
     def __init__(self, model: GptOss, cache: PagedCache, compiled: cpu.Kernels) -> None:
-        self.model, self.compiled, config = model, compiled, model.config
-        shape = cpu.Shape(
+        self.model, self.cache, self.compiled, config = model, cache, compiled, model.config
+        self._shape = cpu.Shape(
             num_layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -44,12 +47,22 @@ class CompiledModel:
             alpha=config.swiglu_alpha,
             limit=config.swiglu_limit,
         )
-        with torch.no_grad():
-            layers = [
-                _layer(layer, *pair) for layer, *pair in zip(model.model.layers, cache.keys, cache.values, strict=True)
-            ]
-        self.layers = cpu.Layers(compiled, shape, layers)
+        self._of_adapter: dict[str | None, cpu.Layers] = {}
+        self.use(None)
         self.frequencies, self.scale = rope_frequencies(config.head_dim, config.rope)
+
+    def use(self, adapter: str | None) -> None:
+        """Compute with the factors that are in the model's layers now; `adapter` is what they are known by."""
+        if adapter not in self._of_adapter:
+            with torch.no_grad():
+                pools = zip(self.model.model.layers, self.cache.keys, self.cache.values, strict=True)
+                layers = [_layer(layer, *pair) for layer, *pair in pools]
+            self._of_adapter[adapter] = cpu.Layers(self.compiled, self._shape, layers)
+        self.layers = self._of_adapter[adapter]
+
+    def forget(self, adapter: str) -> None:
+        """Let go of the tensors of an adapter that is not in use, if it ever was."""
+        self._of_adapter.pop(adapter, None)
 
     @classmethod
     def of(cls, model: GptOss, cache: PagedCache) -> CompiledModel | None:

@@ -132,6 +132,8 @@ def chat_body(dialect: Dialect, model: str, chat: Chat, params: SamplingParams, 
 def _body(dialect: Dialect, model: str, params: SamplingParams, sample: int) -> dict[str, Any]:
     if params.constraint is not None:
         raise UsageError("a constraint cannot be given to a server; leave it out, or generate with a checkpoint here")
+    if params.adapter is not None:
+        raise UsageError(f"adapter {params.adapter!r} cannot be given to a server; name the model that serves it")
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": params.max_tokens,

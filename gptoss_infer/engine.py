@@ -9,6 +9,9 @@ Neighbours change results only as far as they change the rounding of logits, and
 prompts are cut where their own length says, and where the order of a sum depends on its neighbours (everywhere but in
 the compiled kernels of a CPU) every chunk of every sample is computed on its own. That costs the sharing of weights
 between samples, which is what batching is for; use it to find out what caused a difference.
+
+Requests may name adapters, which come and go while the engine runs. A step computes those of each adapter together, one
+adapter after the other, and reads the weights as often; keys and values are shared within an adapter alone.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -38,10 +42,14 @@ from gptoss_infer.sampling import Draws
 from gptoss_infer.scheduler import Chunk, Limits, Pool, Scheduler
 from gptoss_infer.tiled import tile_experts
 
+if TYPE_CHECKING:
+    from gptoss_infer.lora import Adapters
+
 FinishReason = Literal["stop", "length", "cancelled"]
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}  # scores of attention and products of experts grow with it
 PAGE_TOKENS = 64
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free, by default
+BASE = "base"  # asks for no adapter
 
 
 def form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
@@ -73,6 +81,7 @@ class SamplingParams:
     logprobs: bool = False  # of the raw distribution: before temperature and top_p
     stop_token_ids: tuple[int, ...] = STOP_TOKENS
     constraint: Constraint | None = None  # what the turn may hold, such as JSON of a schema
+    adapter: str | None = None  # a name given to `Engine.load_adapter`, or BASE; None takes what the engine came with
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -104,6 +113,7 @@ class Sample(scheduler.Sequence):
     params: SamplingParams = SamplingParams()
     prompt_index: int = 0
     sample_index: int = 0
+    adapter: str | None = None  # None: none
     follower: Follower | None = None  # of its tokens, if they are constrained
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -160,6 +170,10 @@ class Engine:
             print_once(f"attention: {_path(self.cache.why_no_kernels)}")
             print_once(f"norms, sampling: {_path(kernels.why_no_triton(model.lm_head.weight))}")
         self.scheduler = Scheduler(self.limits, Pool(num_pages["full"]), Pool(num_pages["window"]))
+        self.adapters: Adapters | None = None  # made when the first is loaded, as it brings peft
+        self.default_adapter: str | None = None
+        self._salts: dict[str, bytes] = {}  # of adapters, another each time that a name is given
+        self._num_loaded = 0
 
     @classmethod
     def from_checkpoint(
@@ -183,13 +197,51 @@ class Engine:
         opened = Checkpoint.open(resolve(checkpoint))
         form = form_for(opened, device, dtype) if experts == "auto" else experts
         model = load(opened, device=device, dtype=dtype, experts=form, progress=show_progress())
-        if adapter is not None:
-            from gptoss_infer.lora import load_adapter  # brings peft
-
-            load_adapter(model, adapter)
         if model.device.type == "cuda":
             print(tile_experts(model), file=sys.stderr)
-        return cls(model, max_batch=max_batch, deterministic=deterministic)
+        engine = cls(model, max_batch=max_batch, deterministic=deterministic)
+        if adapter is not None:
+            engine.load_adapter("adapter", adapter)
+            engine.default_adapter = "adapter"
+        return engine
+
+    def load_adapter(self, name: str, adapter: str | Path) -> None:
+        """Let requests ask for a PEFT adapter over the model by a name; those that run go on.
+
+        Raises: UsageError for a name that is taken; DataError if any part of the adapter does not fit the model.
+        """
+        from gptoss_infer.lora import Adapters  # brings peft
+
+        if name == BASE or name in self._salts:
+            raise UsageError(f"there is an adapter {name!r} already; unload it first, or choose another name")
+        if self.adapters is None:
+            self.adapters = Adapters(self.model)
+        self.adapters.add(name, adapter)
+        self._num_loaded += 1
+        self._salts[name] = self._num_loaded.to_bytes(8, "big")
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory. Raises: UsageError if there is none, or a request still needs it."""
+        if self.adapters is None or name not in self._salts:
+            raise UsageError(f"there is no adapter {name!r}; loaded are {sorted(self._salts) or 'none'}")
+        queued: list[Sample] = [*self.scheduler.running, *self.scheduler.waiting]  # type: ignore[list-item]
+        if num_asking := sum(one.adapter == name for one in queued):
+            raise UsageError(
+                f"{num_asking} samples are being generated with adapter {name!r}; end or cancel them first"
+            )
+        self._use(None)
+        self.adapters.remove(name)
+        if self.compiled is not None:
+            self.compiled.forget(name)
+        del self._salts[name]
+        if self.default_adapter == name:
+            self.default_adapter = None
+
+    def _use(self, adapter: str | None) -> None:
+        if self.adapters is not None and adapter != self.adapters.active:
+            self.adapters.use(adapter)
+            if self.compiled is not None:
+                self.compiled.use(adapter)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -241,7 +293,13 @@ class Engine:
     def add(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Sample]:
         """Queue all samples of some prompts; `step` generates them. Raises as `generate` does, before any is queued."""
         config = self.model.config
-        samples = make_samples(prompts, params, vocabulary=config.vocab_size, context=config.max_position_embeddings)
+        samples = make_samples(
+            prompts,
+            params,
+            vocabulary=config.vocab_size,
+            context=config.max_position_embeddings,
+            adapters=[BASE, *self._salts],
+        )
         most = self.scheduler.full.size * self.limits.page_tokens
         for one in samples:
             if one.max_tokens > most:
@@ -250,6 +308,9 @@ class Engine:
                     "max_tokens, or give the engine more cache_tokens"
                 )
         for one in samples:
+            one.adapter = self.default_adapter if one.params.adapter is None else one.params.adapter
+            one.adapter = None if one.adapter == BASE else one.adapter
+            one.salt = b"" if one.adapter is None else self._salts[one.adapter]
             self.scheduler.add(one)
         return samples
 
@@ -265,9 +326,9 @@ class Engine:
         """Compute one step; return the samples that have one more token. Nothing to do is no error."""
         chunks = self.scheduler.plan()
         grown = []
-        apart = self.limits.deterministic and self.compiled is None
-        for batch in [[chunk] for chunk in chunks] if apart else [chunks] if chunks else []:
+        for adapter, batch in self._batches(chunks):
             ending: list[Sample] = [chunk.sequence for chunk in batch if chunk.reaches_end]  # type: ignore[misc]
+            self._use(adapter)
             hidden = self._hidden(batch)
             self.scheduler.advance(batch)
             if ending:
@@ -275,6 +336,15 @@ class Engine:
                 self._extend(ending, logits)
             grown += ending
         return grown
+
+    def _batches(self, chunks: list[Chunk]) -> list[tuple[str | None, list[Chunk]]]:
+        """Return what is computed together, and with which adapter."""
+        by_adapter: dict[str | None, list[Chunk]] = {}
+        for chunk in chunks:
+            by_adapter.setdefault(chunk.sequence.adapter, []).append(chunk)  # type: ignore[attr-defined]
+        if self.limits.deterministic and self.compiled is None:
+            return [(adapter, [chunk]) for adapter, batch in by_adapter.items() for chunk in batch]
+        return list(by_adapter.items())
 
     def _hidden(self, batch: list[Chunk]) -> Tensor:
         """Compute the tokens of a batch; return the final hidden states of those that samples end with, (B, C)."""
@@ -299,11 +369,12 @@ def make_samples(
     *,
     vocabulary: int,
     context: int,
+    adapters: Collection[str] = (),
 ) -> list[Sample]:
     """Return all samples of some prompts, in order, none begun; `context` is the longest that one may grow.
 
-    Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the context, or
-        has a constraint over another vocabulary than harmony's.
+    Raises: UsageError for a prompt that is empty, holds ids outside the vocabulary or leaves no room in the context,
+        has a constraint over another vocabulary than harmony's, or names another adapter than one of `adapters`.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -315,6 +386,10 @@ def make_samples(
             raise UsageError(f"prompt {index} holds token ids outside 0..{vocabulary - 1}; another vocabulary?")
         if len(prompt) >= context:
             raise UsageError(f"prompt {index} has {len(prompt)} tokens; the context holds {context}")
+        if each[index].adapter is not None and each[index].adapter not in adapters:
+            raise UsageError(
+                f"prompt {index} asks for adapter {each[index].adapter!r}; known are {', '.join(adapters) or 'none'}"
+            )
         if each[index].constraint is not None and vocabulary != VOCABULARY_SIZE:
             raise UsageError(
                 f"prompt {index} has a constraint, which needs harmony's vocabulary of {VOCABULARY_SIZE} tokens; this "

@@ -204,9 +204,11 @@ def attach(
     )
     config._register_custom_module({ExpertLinear: LoraExpertLinear, nn.Linear: LoraLinear})
     inject_adapter_in_model(config, model, adapter_name=NAME)
+    del model.peft_config  # PEFT's note that it was here, of which it warns when more weights get factors later
     factors = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+        module, found, _ = name.partition(".lora_")
+        parameter.requires_grad_(bool(found) and module in modules)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT casts to the base's dtype; bf16 factors lose small updates
             factors.append(parameter)
@@ -229,7 +231,7 @@ def factors_of(model: GptOss, targets: Iterable[Target]) -> dict[Target, Factors
 @contextmanager
 def disabled(model: GptOss) -> Iterator[None]:
     """Run the model as it is without its adapter."""
-    layers = [module for module in model.modules() if isinstance(module, _Lora)]
+    layers = _layers(model).values()
     for layer in layers:
         layer.enabled = False
     try:
@@ -263,6 +265,70 @@ def load_adapter(model: GptOss, adapter: str | Path | Adapter) -> None:
             live[target].a.copy_(a)
             live[target].b.copy_(b)
     model.eval().requires_grad_(False)
+
+
+class Adapters:
+    """Several adapters over one model, for inference: by name, and one at a time, or none, in the layers."""
+
+    def __init__(self, model: GptOss) -> None:
+        """Take over a model without factors; those that come with `load_adapter` are there to stay."""
+        assert not _layers(model), "the model holds the factors of `load_adapter`; load it without an adapter"
+        self.model = model
+        self.active: str | None = None
+        self._held: dict[
+            str, dict[str, tuple[nn.Parameter, nn.Parameter, float]]
+        ] = {}  # name -> module -> A, B, scaling
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an adapter has this name."""
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names, the oldest first."""
+        return iter(self._held)
+
+    def add(self, name: str, adapter: str | Path | Adapter) -> None:
+        """Read an adapter and hold its factors, fp32, where the model is.
+
+        Raises: DataError if any part of it does not fit the model.
+        """
+        assert name not in self._held, f"there is an adapter {name!r} already"
+        if not isinstance(adapter, Adapter):
+            adapter = read_adapter(adapter, self.model.config)
+        new = [target for target in adapter.factors if target.module not in _layers(self.model)]
+        if new:  # with a rank of 1, as what is attached there only holds the place
+            attach(self.model, new, rank=1, alpha=1, dropout=0.0, rslora=False)
+            self.model.eval().requires_grad_(False)
+        scaling = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+        held, device = {}, self.model.device
+        for target, factors in adapter.factors.items():
+            a, b = (nn.Parameter(part.to(device, torch.float32), requires_grad=False) for part in factors)
+            held[target.module] = a, b, scaling
+        self._held[name] = held
+        self._put(self.active)
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter that is not in use."""
+        if self.active == name:
+            self.use(None)
+        del self._held[name]
+
+    def use(self, name: str | None) -> None:
+        """Put the factors of an adapter into the layers, or of none."""
+        if name != self.active:
+            self._put(name)
+
+    def _put(self, name: str | None) -> None:
+        held = {} if name is None else self._held[name]
+        for module, layer in _layers(self.model).items():
+            layer.enabled = module in held
+            if layer.enabled:
+                layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME] = held[module]
+        self.active = name
+
+
+def _layers(model: GptOss) -> dict[str, _Lora]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Lora)}
 
 
 def all_targets(num_layers: int, weights: Iterable[str], layers: Iterable[int] | None = None) -> list[Target]:

@@ -68,6 +68,7 @@ class Sequence:
     tokens: list[int]
     num_prompt: int
     max_tokens: int  # of prompt and generated together
+    salt: bytes = b""  # what keys and values depend on beside tokens: pages are shared where it is the same
     computed: int = 0  # tokens whose keys and values are in pages
     full: list[int] = field(default_factory=list)  # pages of the full layers, from token 0 on
     window: list[int] = field(default_factory=list)  # pages of the window layers, from page `window_first` on
@@ -149,7 +150,7 @@ class Scheduler:
         most = self.full.size * self.limits.page_tokens
         if sequence.max_tokens > most:
             raise ValueError(f"a sequence of up to {sequence.max_tokens} tokens; the cache holds {most}")
-        sequence.digests = _digests(sequence.tokens[: sequence.num_prompt], self.limits.page_tokens)
+        sequence.digests = _digests(sequence.tokens[: sequence.num_prompt], self.limits.page_tokens, sequence.salt)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -323,9 +324,9 @@ class Scheduler:
         sequence.full, sequence.window, sequence.window_first, sequence.computed = [], [], 0, 0
 
 
-def _digests(tokens: list[int], page_tokens: int) -> list[bytes]:
+def _digests(tokens: list[int], page_tokens: int, salt: bytes) -> list[bytes]:
     """Return the digest of all tokens up to the end of each whole page."""
-    running, found = hashlib.blake2b(digest_size=16), []
+    running, found = hashlib.blake2b(salt, digest_size=16), []
     for end in range(page_tokens, len(tokens) + 1, page_tokens):
         running.update(array("q", tokens[end - page_tokens : end]).tobytes())
         found.append(running.copy().digest())

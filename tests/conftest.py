@@ -53,15 +53,21 @@ def random_tensors(config: ModelConfig, experts: str, seed: int = 0) -> dict[str
 
 
 def random_adapter(
-    config: ModelConfig, targets: Sequence[Target], size: float = 0.2, *, rslora: bool = False
+    config: ModelConfig,
+    targets: Sequence[Target],
+    size: float = 0.2,
+    *,
+    rank: int = 4,
+    rslora: bool = False,
+    seed: int = 5,
 ) -> Adapter:
-    """Rank 4, alpha 8, both factors normal of this size."""
-    generator = torch.Generator().manual_seed(5)
+    """Alpha 8, both factors normal of this size."""
+    generator = torch.Generator().manual_seed(seed)
     factors = {
         target: Factors(*(torch.randn(x.shape, generator=generator) * size for x in pair))
-        for target, pair in zero_like(config, targets, 4, 8.0).factors.items()
+        for target, pair in zero_like(config, targets, rank, 8.0).factors.items()
     }
-    return Adapter(4, 8.0, rslora, 0.0, factors)
+    return Adapter(rank, 8.0, rslora, 0.0, factors)
 
 
 def write_tiny(directory: Path, config: ModelConfig, experts: str = "mxfp4", seed: int = 0) -> Path:

@@ -180,6 +180,9 @@ def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
     bench.add_argument(
         "--shape", metavar="20b|120b|FILE", help="random weights instead: of this size, or a config.json"
     )
+    bench.add_argument(
+        "--kernels", action="store_true", help="each kernel by itself; on a GPU also compared with its reference"
+    )
     bench.add_argument("--batch", default="1,8,32", metavar="N,N", help="samples at a time, case by case (1,8,32)")
     bench.add_argument("--prompt", type=int, default=256, metavar="N", help="tokens of a prompt (256)")
     bench.add_argument("--new", type=int, default=64, metavar="N", help="tokens generated after it (64)")
@@ -456,6 +459,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.prompt < 1 or arguments.new < 2 or arguments.rounds < 1:
         raise UsageError("--prompt and --rounds must be at least 1, and --new at least 2")
 
+    if arguments.kernels:
+        return _bench_kernels(arguments, [size for size, _, _ in cases])
+
     from gptoss_infer.bench import Case, bench, header, open_model, row
     from gptoss_infer.loading import DTYPES
 
@@ -472,6 +478,30 @@ def _bench(arguments: argparse.Namespace) -> int:
     for result in bench(model, [Case(*case) for case in cases], arguments.rounds):
         line = json.dumps(result | {"load_s": round(seconds, 2)}) if arguments.json else row(result)
         print(line, flush=True)
+    return 0
+
+
+def _bench_kernels(arguments: argparse.Namespace, batches: Sequence[int]) -> int:
+    from gptoss_infer import bench_kernels
+    from gptoss_infer.bench import SHAPES, shape_config
+    from gptoss_infer.checkpoint import Checkpoint, resolve
+    from gptoss_infer.loading import DTYPES, pick_device
+
+    if arguments.adapter is not None or arguments.experts is not None:
+        raise UsageError("--adapter and --experts go with whole models, not with --kernels")
+    if pick_device(arguments.device).type != "cpu":
+        if arguments.shape not in SHAPES or arguments.json:
+            raise UsageError("on a GPU, --kernels goes with --shape 20b or --shape 120b, and without --json")
+        return bench_kernels.check_gpu(arguments.shape, batches)
+    if arguments.shape is None:
+        config = Checkpoint.open(resolve(arguments.checkpoint)).config
+    else:
+        config = shape_config(arguments.shape)
+    if not arguments.json:
+        print(bench_kernels.header())
+    dtype = DTYPES[arguments.dtype]
+    for result in bench_kernels.time_kernels(config, batches, arguments.prompt, dtype, arguments.rounds):
+        print(json.dumps(result) if arguments.json else bench_kernels.row(result), flush=True)
     return 0
 
 

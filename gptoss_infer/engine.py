@@ -166,6 +166,10 @@ class Engine:
         }
         self.cache = PagedCache(config, num_pages, page_tokens, dtype, model.device)
         self.compiled = CompiledModel.of(model, self.cache)
+        if self.compiled is not None:  # if not, a warning said why
+            print_once(
+                f"layers: compiled CPU kernels, {self.compiled.compiled.level}, {torch.get_num_threads()} threads"
+            )
         if model.device.type != "cpu":
             print_once(f"attention: {_path(self.cache.why_no_kernels)}")
             print_once(f"norms, sampling: {_path(kernels.why_no_triton(model.lm_head.weight))}")

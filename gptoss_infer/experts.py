@@ -8,6 +8,9 @@ rows, and go on, so that at most `CHUNK_BYTES` of decoded weights (one expert on
 pass decodes again. Kept for it are the pre-activations of the SwiGLU and the r-dimensional LoRA products, or nothing at
 all with `recompute`; never a sorted copy of the tokens, an expert's output or a weight.
 
+That is plain PyTorch, for a CPU, for other dtypes than bf16, and as the reference. Experts whose bytes are in tiles
+(`gptoss_infer.tiled`) compute the same in Triton, without decoded weights: `gptoss_infer.kernels.moe_training`.
+
 Legend: N tokens, k experts per token, M = N k rows (one per token and chosen expert), E experts, C hidden size, I
 intermediate size, r LoRA rank, G blocks of 32 weights.
 """
@@ -34,8 +37,9 @@ GPU_VALUES = 2**26  # and on a GPU: fewer launches, 256 MiB
 class ExpertLinear(nn.Module):
     """One projection of every expert of a layer: MXFP4 bytes, or dense weights (E, in, out) as in bf16 checkpoints."""
 
-    blocks: Tensor  # uint8 (E, out, G, 16), if MXFP4
-    scales: Tensor  # uint8 (E, out, G), if MXFP4
+    blocks: Tensor  # uint8 (E, out, G, 16), if MXFP4; in tiles, their words
+    scales: Tensor  # uint8 (E, out, G), if MXFP4; in tiles, theirs
+    order: kernels.Order | None = None  # of the tiles that blocks and scales were brought into, if they were
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, experts: ExpertFormat) -> None:
         super().__init__()
@@ -46,17 +50,43 @@ class ExpertLinear(nn.Module):
             self.register_buffer("scales", torch.zeros(num_experts, out_features, groups, dtype=torch.uint8))
         else:
             self.weight = nn.Parameter(torch.zeros(num_experts, in_features, out_features))
-        self.format: ExpertFormat | Literal["tiled"] = (
-            experts  # tiled: for inference on a GPU, see `gptoss_infer.tiled`
-        )
+        self.format: ExpertFormat | Literal["tiled"] = experts  # tiled: for a GPU, see `gptoss_infer.tiled`
         self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
 
     def projection(self) -> Projection:
         """Return the tensors that `Experts` works with."""
-        assert self.format != "tiled", "the experts were put into tiles for inference on a GPU: load the model again"
-        if self.format == "mxfp4":
-            return Projection(self.blocks, self.scales, self.bias)
-        return Projection(self.weight, None, self.bias)
+        if self.format == "bf16":
+            return Projection(self.weight, None, self.bias)
+        return Projection(self.blocks, self.scales, self.bias, tiles=self._tiles(slice(None)))
+
+    def _tiles(self, experts: slice) -> kernels.Tiles | None:
+        if self.order is None:
+            return None
+        sizes = self.out_features, self.in_features
+        return kernels.tiles_of(self.blocks[experts], self.scales[experts], sizes, self.order)
+
+    def tile(self) -> None:
+        """Bring MXFP4 bytes into the order of the GPU's kernels; they take the place of the blocks.
+
+        Raises: ValueError for a scale byte above `kernels.MAX_TILED_SCALE`.
+        """
+        assert self.format == "mxfp4", f"experts are {self.format}: only MXFP4 blocks are put into tiles"
+        tiles = kernels.tile(self.blocks, self.scales)
+        self.blocks, self.scales, self.order, self.format = tiles.words, tiles.scales, tiles.order, "tiled"
+
+    def pair(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return the MXFP4 blocks (out, G, 16) and scales (out, G) of one expert, from tiles too."""
+        tiles = self._tiles(slice(expert, expert + 1))
+        if tiles is None:
+            return self.blocks[expert], self.scales[expert]
+        blocks, scales = kernels.untile(tiles)
+        return blocks[0], scales[0]
+
+    def as_stored(self, blocks: Tensor, expert: int) -> Tensor:
+        """Return other blocks for one expert, under its scales, in the form of `self.blocks`."""
+        if self.order is None:
+            return blocks
+        return kernels.tile(blocks.unsqueeze(0), self.pair(expert)[1].unsqueeze(0)).words[0]
 
 
 class Projection(NamedTuple):
@@ -66,19 +96,26 @@ class Projection(NamedTuple):
     they would get from it (straight through the rounding).
     """
 
-    weight: Tensor  # MXFP4 blocks uint8 (E, out, G, 16), or dense (E, in, out)
-    scales: Tensor | None  # uint8 (E, out, G); None if dense
+    weight: Tensor  # MXFP4 blocks uint8 (E, out, G, 16), words of tiles, or dense (E, in, out)
+    scales: Tensor | None  # uint8 (E, out, G), or those of tiles; None if dense
     bias: Tensor  # (E, out)
     a: Tensor | None = None  # (E, r, in)
     b: Tensor | None = None  # (E, out, r)
     scaling: float = 1.0
     dropout: float = 0.0
     merged: bool = False
+    tiles: kernels.Tiles | None = None  # weight and scales, if they are in tiles
+
+    def adapted(self) -> kernels.Adapted:
+        """Return what a GPU's kernels read of experts in tiles."""
+        assert self.tiles is not None, "the experts were not put into tiles"
+        return kernels.Adapted(self.tiles, self.bias, self.a, self.b, self.scaling, self.dropout, self.merged)
 
     def dense(self, experts: slice, dtype: torch.dtype) -> Tensor:
         """Return the weights of some experts, (n, in, out), decoded if need be."""
         if self.scales is None:
             return self.weight[experts]
+        assert self.tiles is None, "the experts were put into tiles for a GPU's kernels: load the model again"
         return kernels.decode(self.weight[experts], self.scales[experts], dtype).mT
 
 
@@ -89,6 +126,7 @@ class Routing(NamedTuple):
     tokens: Tensor  # int64 (M,): the token n of each row
     rows: Tensor  # int64 (N, k): the row of each choice
     counts: list[int]  # (E,) rows per expert
+    chosen: Tensor  # int64 (N, k)
 
     @classmethod
     def of(cls, chosen: Tensor, num_experts: int) -> Routing:
@@ -97,7 +135,7 @@ class Routing(NamedTuple):
         slots = flat.argsort(stable=True)  # (M,)
         rows = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
         counts = torch.bincount(flat, minlength=num_experts).tolist()
-        return cls(slots, slots // chosen.shape[1], rows.view_as(chosen), counts)
+        return cls(slots, slots // chosen.shape[1], rows.view_as(chosen), counts, chosen)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, slice, list[int]]]:
         """Yield (experts, rows, counts) of `size` experts at a time, leaving out those without a token."""
@@ -120,10 +158,16 @@ class Shown(NamedTuple):
 
     experts: slice
     counts: list[int]  # rows of each of them
-    inputs: Tensor  # (m, C), what gate_up_proj reads
+    x: Tensor  # (N, C), all tokens
+    tokens: Tensor  # int64 (m,), which of them each row is
     gate: Tensor  # (m, I)
     up: Tensor  # (m, I)
     hidden: Tensor  # (m, I), what down_proj reads
+
+    @property
+    def inputs(self) -> Tensor:
+        """What gate_up_proj reads, (m, C)."""
+        return self.x.index_select(0, self.tokens)
 
 
 class Experts(nn.Module):
@@ -157,10 +201,39 @@ class Experts(nn.Module):
             show: is called for every chunk of experts with a token.
         """
         projections = self.gate_up_proj.projection(), self.down_proj.projection()
-        tensors = [t for p in projections for t in (p.weight, p.scales, p.bias, p.a, p.b)]
-        lora = tuple((p.scaling, p.dropout, p.merged) for p in projections)
-        options = _Options(routing, self.activation, recompute, show, lora)
-        return _RunExperts.apply(x, weights, options, *tensors)
+        if projections[0].tiles is None:
+            return run_plain(x, weights, routing, projections, self.activation, recompute=recompute, show=show)
+        adapted = projections[0].adapted(), projections[1].adapted()
+        shown = _shown(x, routing, show)
+        return kernels.run_trained(x, weights, routing, adapted, self.activation, recompute=recompute, show=shown)
+
+
+def _shown(
+    x: Tensor, routing: Routing, show: Callable[[Shown], None] | None
+) -> Callable[[Tensor, Tensor], None] | None:
+    """Return what takes all rows' pre-activations (M, 2 I) and hidden values (M, I) to an observer."""
+    if show is None:
+        return None
+    every = slice(0, len(routing.counts))
+    return lambda pre, hidden: show(
+        Shown(every, routing.counts, x, routing.tokens, *gate_and_up(pre, halves=False), hidden)
+    )
+
+
+def run_plain(
+    x: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    projections: tuple[Projection, Projection],
+    activation: Activation,
+    *,
+    recompute: bool = False,
+    show: Callable[[Shown], None] | None = None,
+) -> Tensor:
+    """Run gate_up and down as `Experts.forward` says, in plain PyTorch."""
+    tensors = [t for p in projections for t in (p.weight, p.scales, p.bias, p.a, p.b)]
+    lora = tuple((p.scaling, p.dropout, p.merged) for p in projections)
+    return _RunExperts.apply(x, weights, _Options(routing, activation, recompute, show, lora), *tensors)
 
 
 class _Options(NamedTuple):
@@ -189,8 +262,8 @@ class _RunExperts(torch.autograd.Function):
             pre, low_in = gate_up.forward(inputs, experts, counts, masks[0])  # (m, 2 I), (m, r)
             hidden = swiglu(pre, options.activation, gate_up.halves)  # (m, I)
             if options.show is not None:
-                parts = (inputs, *gate_and_up(pre, gate_up.halves), hidden)
-                options.show(Shown(experts, real_counts, *(part[: len(part) - filling] for part in parts)))
+                parts = (part[: len(part) - filling] for part in (*gate_and_up(pre, gate_up.halves), hidden))
+                options.show(Shown(experts, real_counts, x, routing.tokens[rows], *parts))
             y, low_out = down.forward(hidden, experts, counts, masks[1])  # (m, C), (m, r)
             results[rows] = y[: len(y) - filling]
             if keep:
@@ -240,8 +313,10 @@ class _RunExperts(torch.autograd.Function):
 
 
 def _linears(options: _Options, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[_Linear, _Linear]:
-    gate_up = Projection._make((*tensors[:5], *options.lora[0]))
-    down = Projection._make((*tensors[5:], *options.lora[1]))
+    gate_up, down = (
+        Projection._make((*of, *constants, None))  # in no tiles
+        for of, constants in ((tensors[:5], options.lora[0]), (tensors[5:], options.lora[1]))
+    )
     # Decoding can put gate and up in halves, which are cheaper to work on than alternating columns; dense weights are
     # used where they lie.
     return _Linear(gate_up, dtype, halves=gate_up.scales is not None), _Linear(down, dtype, halves=False)
@@ -290,6 +365,7 @@ class _Linear:
         if not self.halves:
             return self.p.dense(experts, self.dtype)
         assert self.p.scales is not None, "only decoded weights are put in halves"
+        assert self.p.tiles is None, "the experts were put into tiles for a GPU's kernels: load the model again"
         blocks, scales = self.p.weight[experts], self.p.scales[experts]
         blocks = blocks.unflatten(1, (-1, 2)).transpose(1, 2)  # (n, 2, I, G, 16)
         scales = scales.unflatten(1, (-1, 2)).transpose(1, 2)

@@ -81,7 +81,8 @@ class LoraExpertLinear(_Lora):
     """An ExpertLinear with factors A (E, r, in), B (E, out, r)."""
 
     base_layer: ExpertLinear
-    rounded: Tensor | None = None  # blocks of base and factors, while training sees them as they will be exported
+    # Blocks (or words of tiles) of base and factors, while training sees them as they will be exported.
+    rounded: Tensor | None = None
 
     def projection(self) -> Projection:
         """As ExpertLinear.projection, with the factors."""
@@ -89,7 +90,8 @@ class LoraExpertLinear(_Lora):
         if not self.enabled:
             return base
         if self.rounded is not None:
-            base = base._replace(weight=self.rounded, merged=True)
+            tiles = base.tiles and base.tiles._replace(words=self.rounded)
+            base = base._replace(weight=self.rounded, merged=True, tiles=tiles)
         return base._replace(a=self.factors.a, b=self.factors.b, scaling=self.scaling[NAME], dropout=self.dropout_now)
 
     @torch.no_grad()
@@ -99,9 +101,10 @@ class LoraExpertLinear(_Lora):
         if self.rounded is None:
             self.rounded = torch.empty_like(base.blocks)
         for expert in range(base.num_experts):
-            pair = base.blocks[expert], base.scales[expert]
+            pair = base.pair(expert)
             delta = scaling * (b[expert].float() @ a[expert].float())  # as Adapter.delta
-            self.rounded[expert] = rounding.merge(pair, delta, rule, seed=seed, name=f"{name}.{expert}")
+            blocks = rounding.merge(pair, delta, rule, seed=seed, name=f"{name}.{expert}")
+            self.rounded[expert] = base.as_stored(blocks, expert)
 
 
 class LoraLinear(_Lora):

@@ -1,34 +1,53 @@
-"""Experts in tiles: what a model needs before it generates on a GPU with the kernels of `gptoss_infer.kernels.moe`.
+"""Experts in tiles: what a model needs before the kernels of a GPU run them, to generate or to train.
 
-Tiles take the place of the MXFP4 blocks, at a peak of one projection of one layer more. From then on the experts
-compute without gradients; load the model again to train, export or inspect it. Used by the engine.
+Tiles take the place of the MXFP4 blocks, at a peak of one projection of one layer more, and hold the same bytes in
+another order: forward and backward pass read them as they are. To export or inspect a model, load it again. Used by the
+engine and by the trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptoss_infer import kernels
-from gptoss_infer.experts import Projection
+from gptoss_infer.experts import ExpertLinear, Projection
 from gptoss_infer.model import GptOss, MoE
+
+PLAIN, TRITON = "experts: plain PyTorch, because", "experts: Triton kernels, MXFP4 in tiles"
+MAX_RANK = 128  # of an adapter in training: the kernels of its factors hold all ranks at once
 
 
 def tile_experts(model: GptOss) -> str:
     """Put the experts of a model into tiles, if its GPU's kernels can take them; return a line that says what was done.
 
-    All layers or none. An unmerged adapter over the experts stays unmerged.
+    All layers or none. For inference: an unmerged adapter over the experts stays unmerged, and there are no gradients.
     """
     layers = [module for module in model.modules() if isinstance(module, MoE) and module.tiled is None]
     why_not = _why_not(model, layers)
     if why_not is not None:
-        return f"experts: plain PyTorch, because {why_not}"
+        return f"{PLAIN} {why_not}"
     for layer in layers:
         layer.tiled = tile_layer(layer)
-    return "experts: Triton kernels, MXFP4 in tiles"
+    return TRITON
+
+
+def tile_for_training(model: GptOss) -> str:
+    """Put the experts of a model into tiles and keep them differentiable; return a line that says what was done.
+
+    All layers or none. Gradients reach tokens, routing and the factors of adapters; weights and biases are frozen.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    why_not = _why_not(model, layers) or _why_not_trained(layers)
+    if why_not is not None:
+        return f"{PLAIN} {why_not}"
+    for layer in layers:
+        for module in (layer.experts.gate_up_proj, layer.experts.down_proj):
+            _tile(module)
+    return f"{TRITON}, forward and backward"
 
 
 def _why_not(model: GptOss, layers: list[MoE]) -> str | None:
@@ -36,19 +55,33 @@ def _why_not(model: GptOss, layers: list[MoE]) -> str | None:
         return why
     if model.lm_head.weight.dtype != torch.bfloat16:
         return f"the model computes in {model.lm_head.weight.dtype}, the kernels in torch.bfloat16"
-    for layer in layers:
-        for projection in (layer.experts.gate_up_proj.projection(), layer.experts.down_proj.projection()):
-            if projection.scales is None:
-                return "the experts are bf16: load them with experts='mxfp4'"
-            if (largest := int(projection.scales.max())) > kernels.MAX_TILED_SCALE:
-                return f"layer {layer.layer} has scale byte {largest}, above {kernels.MAX_TILED_SCALE}"
+    for number, projection in _projections(layers):
+        if projection.scales is None:
+            return "the experts are bf16: load them with experts='mxfp4'"
+        if not projection.scales.is_meta and (largest := int(projection.scales.max())) > kernels.MAX_TILED_SCALE:
+            return f"layer {number} has scale byte {largest}, above {kernels.MAX_TILED_SCALE}"
     return None
+
+
+def _why_not_trained(layers: list[MoE]) -> str | None:
+    for number, projection in _projections(layers):
+        if projection.bias.requires_grad:
+            return f"the biases of layer {number} are trained, and the kernels keep them frozen"
+        if projection.a is not None and projection.a.shape[1] > MAX_RANK:
+            return f"the adapter has rank {projection.a.shape[1]}, the kernels take up to {MAX_RANK}"
+    return None
+
+
+def _projections(layers: list[MoE]) -> Iterator[tuple[int, Projection]]:
+    for layer in layers:
+        yield layer.layer, layer.experts.gate_up_proj.projection()
+        yield layer.layer, layer.experts.down_proj.projection()
 
 
 def tile_layer(of: MoE) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a layer's experts as a function of x bf16 (N, C) and router logits (N, E), and drop their blocks."""
     experts, top_k = of.experts, of.top_k
-    gate_up, down = _tiled(experts.gate_up_proj), _tiled(experts.down_proj)
+    gate_up, down = _linear(experts.gate_up_proj), _linear(experts.down_proj)
 
     def run(x: Tensor, logits: Tensor) -> Tensor:
         assert not torch.is_grad_enabled(), "experts in tiles have no gradients: load the model again to train it"
@@ -57,15 +90,19 @@ def tile_layer(of: MoE) -> Callable[[Tensor, Tensor], Tensor]:
     return run
 
 
-def _tiled(module: nn.Module) -> Any:
-    """Return a projection as `kernels.tile` makes it, and put its tiles where its blocks were."""
+def _linear(module: nn.Module) -> Any:
+    """Put a projection into tiles, and return it as `kernels.linear` makes it."""
+    _tile(module)
     projection: Projection = module.projection()  # type: ignore[operator]
-    assert projection.scales is not None, "only MXFP4 is put into tiles"
+    assert projection.tiles is not None, "these were put into tiles just now"
     assert not projection.merged, "experts rounded with their adapter are training's, not inference's"
     factors = None
     if projection.a is not None and projection.b is not None:
         factors = projection.a, projection.b, projection.scaling
-    linear = kernels.tile(projection.weight, projection.scales, projection.bias, factors)
+    return kernels.linear(projection.tiles, projection.bias, factors)
+
+
+def _tile(module: nn.Module) -> None:
     base = getattr(module, "base_layer", module)  # below the factors of an adapter
-    base.blocks, base.scales, base.format = linear.tiles.words, linear.tiles.scales, "tiled"
-    return linear
+    assert isinstance(base, ExpertLinear), f"{type(base).__name__} is no projection of experts"
+    base.tile()

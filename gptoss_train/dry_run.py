@@ -32,6 +32,7 @@ from gptoss_infer.experts import Routing
 from gptoss_infer.loading import DTYPES
 from gptoss_infer.lora import LoraExpertLinear, all_targets, attach
 from gptoss_infer.model import GptOss, RMSNorm
+from gptoss_infer.tiled import tile_for_training
 from gptoss_train.loss import Unembedding
 from gptoss_train.recipe import Recipe
 
@@ -72,7 +73,7 @@ def dry_run(
     Args:
         documents: lengths of the documents of a pack.
         num_labels: labelled tokens of the pack.
-        gpu: go a GPU's way (chunks of experts, large tiles, Triton), not a CPU's (one expert at a time, small tiles).
+        gpu: go a GPU's way (experts in tiles, Triton), not a CPU's (one expert at a time, small tiles of logits).
     """
     types, num_layers = config.layer_types, config.num_hidden_layers
     if num_layers <= 4 or num_layers % 2 or types != types[:2] * (num_layers // 2) or recipe.lora.layers != "all":
@@ -86,7 +87,7 @@ def dry_run(
 
 def _dry_run(recipe: Recipe, config: ModelConfig, documents: Sequence[int], num_labels: int, gpu: bool) -> StepMemory:
     settings, num_packs = recipe.train, min(2, recipe.train.batch_tokens // recipe.train.pack_tokens)
-    model = _model(recipe, config)
+    model = _model(recipe, config, gpu)
     unembedding = Unembedding(model.lm_head.weight, None, None)
     factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     factor_bytes = sum(factor.nbytes for factor in factors)
@@ -120,8 +121,8 @@ def _dry_run(recipe: Recipe, config: ModelConfig, documents: Sequence[int], num_
     return StepMemory(weights - on_host, adapters, kept, passing, on_host, offloaded // num_packs)
 
 
-def _model(recipe: Recipe, config: ModelConfig) -> GptOss:
-    """Return the model with its adapter as `gptoss_infer.load` and `attach` make it."""
+def _model(recipe: Recipe, config: ModelConfig, gpu: bool) -> GptOss:
+    """Return the model with its adapter as `gptoss_infer.load` and `attach` make it, in tiles if a GPU takes them."""
     lora, dtype = recipe.lora, DTYPES[recipe.model.dtype]
     targets = all_targets(config.num_hidden_layers, lora.weights, None if lora.layers == "all" else lora.layers)
     with torch.device("meta"):
@@ -131,6 +132,8 @@ def _model(recipe: Recipe, config: ModelConfig) -> GptOss:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad and not isinstance(module, RMSNorm):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    if gpu:
+        tile_for_training(model)
     if recipe.train.rounded_steps:
         for module in model.modules():
             if isinstance(module, LoraExpertLinear):
@@ -191,7 +194,7 @@ def _even_routing(chosen: Tensor, num_experts: int) -> Routing:
     num_rows = chosen.numel()
     rows = torch.empty(3, num_rows, dtype=torch.int64, device="meta")
     counts = [num_rows // num_experts + (expert < num_rows % num_experts) for expert in range(num_experts)]
-    return Routing(rows[0], rows[1], rows[2].view_as(chosen), counts)
+    return Routing(rows[0], rows[1], rows[2].view_as(chosen), counts, chosen)
 
 
 def _decode_in_one_kernel(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

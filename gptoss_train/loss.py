@@ -4,7 +4,8 @@
 tile at a time: some rows by some of the vocabulary, small enough for a CPU's cache. Sums over the vocabulary go from
 tile to tile relative to a running maximum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018;
 Dao et al., "FlashAttention", 2022), and since the unembedding is frozen, the gradient to the hidden states is taken
-in the same pass. Used by the trainer and by the maker of the built-in model.
+in the same pass. Used by the trainer and by the maker of the built-in model. On a GPU the same is done in Triton, with
+no logits in memory at all (`gptoss_infer.kernels.cross_entropy`); this path is its reference.
 
 With l the logits, t the target and q the softmax over all tokens but t,
 
@@ -60,6 +61,23 @@ class Unembedding:
         return cls(
             _representatives(weight, row_of_token, len(counts)), counts.to(_sum_dtype(weight)).log(), row_of_token
         )
+
+    def why_plain(self) -> str | None:
+        """Return why the loss runs in plain PyTorch; None if it runs in Triton, on a GPU."""
+        if (why := kernels.why_no_triton(self.rows)) is not None:
+            return why
+        if self.rows.dtype != torch.bfloat16:
+            return f"the model computes in {self.rows.dtype}, the kernels in torch.bfloat16"
+        return None
+
+    def without(self, rows: Tensor) -> Tensor:
+        """Return what is added to the logit of a target's row, in bits (n, 1), to leave the target out of its count.
+
+        That is log((c - 1) / c) if c tokens share the row, so minus infinity if c is 1.
+        """
+        if self.log_counts is None:
+            return torch.full((len(rows), 1), -math.inf, dtype=_sum_dtype(self.rows), device=rows.device)
+        return self.log_counts.index_select(0, rows).neg_().exp_().neg_().log1p_().unsqueeze(1) * LOG2_E
 
     def row_of(self, tokens: Tensor) -> Tensor:
         """Return which of `rows` each token has, int64 (n,)."""
@@ -128,7 +146,8 @@ class _FrozenCrossEntropy(torch.autograd.Function):
             part = slice(start, start + TILE_ROWS)
             target_rows = unembedding.rows.index_select(0, targets[part]).to(dtype)  # (n', C)
             gold = (hidden[part] * target_rows).sum(-1, keepdim=True)  # (n', 1)
-            normalizer, mean = _over_others(hidden[part], unembedding, targets[part], gold, with_mean=slope is not None)
+            over = _over_others if unembedding.why_plain() else _over_others_in_triton
+            normalizer, mean = over(hidden[part], unembedding, targets[part], gold, with_mean=slope is not None)
             odds = normalizer - gold  # (n', 1), log of (1 - p) / p
             losses[part] = softplus(odds, threshold=40).squeeze(1)  # log(1 + e^40) is 40 in fp64 too
             if slope is not None and mean is not None:
@@ -146,6 +165,14 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return (slope * grads[0].unsqueeze(1)).to(ctx.dtype), None, None  # type: ignore[attr-defined]
 
 
+def _over_others_in_triton(
+    hidden: Tensor, unembedding: Unembedding, targets: Tensor, gold: Tensor, *, with_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `_over_others`, its reference: on a GPU, with logits that are never rounded and never in memory."""
+    rows, log_counts, without = unembedding.rows, unembedding.log_counts, unembedding.without(targets)
+    return kernels.over_others(hidden, rows, log_counts, targets, without, with_mean=with_mean)
+
+
 def _over_others(
     hidden: Tensor, unembedding: Unembedding, targets: Tensor, gold: Tensor, *, with_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -161,10 +188,7 @@ def _over_others(
     n, dtype, rows, log_counts = len(hidden), gold.dtype, unembedding.rows, unembedding.log_counts
     tile_bytes = GPU_TILE_BYTES if kernels.on_gpu(hidden) else CPU_TILE_BYTES
     width = min(len(rows), max(1, tile_bytes // (dtype.itemsize * n * TILE_COLUMNS)) * TILE_COLUMNS)
-    # What is added to the target's logit: log((c - 1) / c) if c tokens share its row, so minus infinity if c is 1.
-    without_target = torch.full_like(gold, -math.inf)
-    if log_counts is not None:
-        without_target = log_counts.index_select(0, targets).neg_().exp_().neg_().log1p_().unsqueeze(1) * LOG2_E
+    without_target = unembedding.without(targets)
     tile = torch.empty(n * width, dtype=dtype, device=hidden.device)
     rounded = tile if hidden.dtype == dtype else torch.empty_like(tile, dtype=hidden.dtype)
     # In bits, as exp2 is several times as fast as exp. The maximum is kept as a number that hidden's dtype can hold. It

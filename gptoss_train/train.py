@@ -28,6 +28,7 @@ from gptoss_infer.loading import DTYPES, load
 from gptoss_infer.lora import all_targets, attach, disabled, factors_of, round_experts
 from gptoss_infer.model import GptOss
 from gptoss_infer.model import Watch as WatchProtocol
+from gptoss_infer.tiled import tile_for_training
 from gptoss_train import checkpoints
 from gptoss_train.checkpoints import Position
 from gptoss_train.data import CHANNELS, Dataset, PackedBatch, pack
@@ -64,6 +65,9 @@ class Trainer:
         self.factors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.factors, recipe.optim)
         self.unembedding = Unembedding.of(self.model.lm_head.weight)
+        if self.accelerator.is_main_process:
+            why_plain = self.unembedding.why_plain()
+            print(f"loss: {f'plain PyTorch, because {why_plain}' if why_plain else 'Triton kernels'}", file=sys.stderr)
         lengths = [sample.num_inputs for sample in self.train.samples]
         self.plan = Plan(lengths, settings.pack_tokens, settings.batch_tokens // settings.pack_tokens, settings.seed)
         self.total_steps = settings.max_steps or self.plan.total_steps(settings.epochs or 0)
@@ -293,6 +297,9 @@ def build_trainer(
     targets = all_targets(checkpoint.config.num_hidden_layers, lora.weights, layers)
     torch.manual_seed(recipe.train.seed)  # of the factors
     attach(model, targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, rslora=lora.rslora)
+    path = tile_for_training(model)
+    if accelerator.is_main_process:
+        print(path, file=sys.stderr)
     return Trainer(
         recipe, model, targets, train, validation, run_dir=run_dir, fingerprint=fingerprint, accelerator=accelerator
     )

@@ -21,7 +21,7 @@ PACKAGES = ("gptoss_infer", "gptoss_train", "evals")
 OF_INFER = {
     "gptoss_train": {
         "adapter", "attention", "checkpoint", "config", "errors", "experts", "harmony", "kernels", "loading", "lora",
-        "model", "mxfp4", "rounding",
+        "model", "mxfp4", "rounding", "tiled",
     },
     "evals": {"config", "engine", "errors", "harmony", "remote", "sandbox", "tools"},
 }  # fmt: skip

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,24 @@ if TYPE_CHECKING:
     from gptoss_infer.attention import Attended, Blocks
     from gptoss_infer.kernels import moe
     from gptoss_infer.kernels.cpu import Kernels
+    from gptoss_infer.kernels.tiles import Order, Tiles
     from gptoss_infer.page_tables import Batch
     from gptoss_infer.sampling import Draws
 
 MAX_TILED_SCALE = 128  # larger scale bytes have no place in tiles; it means weights of up to 12
 _LOG = logging.getLogger(__name__)
+
+
+class Adapted(NamedTuple):
+    """A projection of all experts of a layer, with an adapter's factors, as `run_trained` takes it."""
+
+    tiles: Tiles
+    bias: Tensor  # (E, out)
+    a: Tensor | None = None  # (E, r, in)
+    b: Tensor | None = None  # (E, out, r)
+    scaling: float = 1.0
+    dropout: float = 0.0  # on what A reads
+    merged: bool = False  # the weights hold scaling B A already
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -41,8 +54,8 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def why_no_triton(x: Tensor) -> str | None:
-    """Return why no kernel of Triton's runs where `x` is; None if they do."""
-    if not x.is_cuda:
+    """Return why no kernel of Triton's runs where `x` is; None if they do, or would where `x` has no data."""
+    if not on_gpu(x):
         return f"the model is on {x.device.type}"
     return None if has_triton() else "triton is not installed: pip install triton"
 
@@ -56,20 +69,40 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
     return mxfp4.decode(blocks, scales, dtype)
 
 
-def tile(
-    blocks: Tensor, scales: Tensor, bias: Tensor, factors: tuple[Tensor, Tensor, float] | None = None
-) -> moe.Linear:
+def tile(blocks: Tensor, scales: Tensor) -> Tiles:
+    """Bring MXFP4 weights, uint8 (E, out, G, 16) and (E, out, G), into the order that their GPU's kernels read.
+
+    Raises: ValueError for a scale byte above `MAX_TILED_SCALE`.
+    """
+    from gptoss_infer.kernels import tiles, tuning
+
+    return tiles.pack(blocks, scales, tuning.ORDERS[tuning.target_of(blocks.device)])
+
+
+def untile(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Return the blocks and scales that `tile` was given."""
+    from gptoss_infer.kernels.tiles import unpack
+
+    return unpack(tiles)
+
+
+def tiles_of(words: Tensor, scales: Tensor, sizes: tuple[int, int], order: Order) -> Tiles:
+    """Return tiles made of what `tile` returned, or of some experts of it; `sizes` are out and in."""
+    from gptoss_infer.kernels.tiles import Tiles
+
+    return Tiles(words, scales, *sizes, order)
+
+
+def linear(tiles: Tiles, bias: Tensor, factors: tuple[Tensor, Tensor, float] | None = None) -> moe.Linear:
     """Return a projection of all experts of a layer as `run_tiled` takes it; needs a GPU's Triton.
 
     Args:
-        blocks, scales: MXFP4, uint8 (E, out, G, 16) and (E, out, G). bias: (E, out).
+        bias: (E, out).
         factors: A (E, r, in), B (E, out, r) and scaling of an adapter that stays unmerged.
-    Raises: ValueError for a scale byte above `MAX_TILED_SCALE`.
     """
-    from gptoss_infer.kernels import low_rank, moe, tiles, tuning
+    from gptoss_infer.kernels import low_rank, moe
 
-    packed = tiles.pack(blocks, scales, tuning.ORDERS[tuning.target_of(blocks.device)])
-    return moe.Linear(packed, bias, None if factors is None else low_rank.join([factors]))
+    return moe.Linear(tiles, bias, None if factors is None else low_rank.join([factors]))
 
 
 def run_tiled(
@@ -84,6 +117,39 @@ def run_tiled(
     adapted = gate_up.low_rank is not None or down.low_rank is not None
     adapters = x.new_zeros(len(x), dtype=torch.int32) if adapted else None
     return moe.moe(x, logits, moe.Layer(gate_up, down, moe.Swiglu(*activation), top_k), adapters=adapters)
+
+
+def run_trained(
+    x: Tensor,
+    weights: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor, list[int], Tensor],
+    projections: tuple[Adapted, Adapted],
+    activation: tuple[float, float],
+    *,
+    recompute: bool = False,
+    show: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Run experts in tiles with gradients, in Triton; the reference is `gptoss_infer.experts.run_plain`.
+
+    Args:
+        routing: a `gptoss_infer.experts.Routing`.
+        projections: gate_up and down.
+        show: is called with all rows' pre-activations (M, 2 I) and what down_proj reads (M, I).
+    """
+    from gptoss_infer.kernels import moe, moe_training
+
+    rows = moe_training.rows_of(routing)
+    work = moe_training.Work(*projections, moe.Swiglu(*activation), rows, recompute, show)
+    return moe_training.run(x, weights, work)
+
+
+def over_others(
+    hidden: Tensor, rows: Tensor, log_counts: Tensor | None, targets: Tensor, without: Tensor, *, with_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return logsumexp and mean row over all tokens but the target: `cross_entropy.over_others`, in Triton."""
+    from gptoss_infer.kernels import cross_entropy
+
+    return cross_entropy.over_others(hidden, rows, log_counts, targets, without, with_mean=with_mean)
 
 
 def packed_forward(

@@ -18,7 +18,10 @@ from gptoss_infer.config import ModelConfig
 
 # Targets for which every kernel must compile, and for which launchers have their tuning.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = ("attention_cases", "low_rank", "moe_cases", "mxfp4_decode", "norm", "rope", "routing", "sampling_cases")
+MODULES = (
+    "attention_cases", "cross_entropy", "low_rank", "moe_backward_cases", "moe_cases", "mxfp4_decode", "norm", "rope",
+    "routing", "sampling_cases",
+)  # fmt: skip
 
 # What matrix instructions a kernel must come out with. "wide" ones are those of a whole warpgroup on sm_90 and of
 # tensor memory on sm_100, for which a product needs 64 rows; "any" are of a single warp (HMMA) or better.

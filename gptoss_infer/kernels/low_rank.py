@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -45,10 +46,10 @@ def join(factors: Sequence[tuple[Tensor, Tensor, float]]) -> LowRank:
     missing = max(16, triton.next_power_of_2(sum(ranks))) - sum(ranks)
     a = torch.cat([a.bfloat16() for a, _, _ in factors], dim=1)
     b = torch.cat([(b * scaling).bfloat16() for _, b, scaling in factors], dim=2)
-    owners = torch.arange(len(ranks), dtype=torch.int32).repeat_interleave(torch.tensor(ranks))
-    return LowRank(
-        F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)), F.pad(owners, (0, missing), value=-1).to(a.device)
-    )
+    owners = torch.full((sum(ranks) + missing,), -1, dtype=torch.int32, device=a.device)
+    for i, end in enumerate(accumulate(ranks)):
+        owners[end - ranks[i] : end] = i  # made on the device: nothing waits for a copy
+    return LowRank(F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing)), owners)
 
 
 def num_parts(in_features: int) -> int:
@@ -83,7 +84,7 @@ def low_products(x: Tensor, low_rank: LowRank, routed: Routed, adapters: Tensor,
     num_parts_, rank = num_parts(x.shape[1]), low_rank.a.shape[1]
     parts = x.new_empty(num_parts_, len(routed.slots), rank, dtype=torch.float32)
     num_tiles = routed.tiles.shape[1]
-    if num_tiles:
+    if num_tiles and not x.is_meta:
         with torch.cuda.device_of(x):
             low_rank_kernel[(num_tiles * num_parts_,)](
                 x.contiguous(), low_rank.a, low_rank.owners, adapters, routed.slots, routed.tiles, parts,

@@ -1,11 +1,12 @@
-"""The experts of a layer in Triton, for inference: weights stay MXFP4 and are decoded in registers.
+"""The experts of a layer in Triton: weights stay MXFP4 and are decoded in registers.
 
     up:       gather rows, multiply, add bias, clamped SwiGLU    (N, C) -> (M, I)
     down:     multiply, add bias                                 (M, I) -> (N, k, C)
     combine:  weighted sum over a token's choices, in order      (N, k, C) -> (N, C)
 
 A program makes one tile of rows (see `routing`) by `block_n` weights, and reads every weight once. Activations are
-bf16, sums fp32, rounded once per kernel. A row is bit for bit the same in any batch. Not differentiable.
+bf16, sums fp32, rounded once per kernel. A row is bit for bit the same in any batch. Not differentiable here: training
+runs these kernels too, and those of `moe_backward`; see `moe_training`.
 
 An adapter that is not merged (`low_rank`) adds its product to the same sums, before anything is rounded.
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from gptoss_infer import mxfp4
 from gptoss_infer.kernels import tuning
 from gptoss_infer.kernels.low_rank import LowRank, low_products, low_products_ref
-from gptoss_infer.kernels.products import add_low_rank, product, tile_rows
+from gptoss_infer.kernels.products import add_low_rank, checkpoint_rows, product, tile_rows
 from gptoss_infer.kernels.routing import Routed, route, route_ref
 from gptoss_infer.kernels.tiles import Tiles, unpack
 
@@ -81,26 +82,41 @@ def moe(
     return combine(down(hidden, layer.down, routed, adapters), routed)
 
 
-def up_ref(x: Tensor, gate_up: Linear, routed: Routed, activation: Swiglu, adapters: Tensor | None = None) -> Tensor:
+def up_ref(
+    x: Tensor,
+    gate_up: Linear,
+    routed: Routed,
+    activation: Swiglu,
+    adapters: Tensor | None = None,
+    *,
+    low: Tensor | None = None,
+    pre: Tensor | None = None,
+) -> Tensor:
     """Plain PyTorch, in fp32 until the end; see `up`."""
-    pre = _products_ref(x, gate_up, routed, adapters, of_tokens=True)
+    kept, pre = pre, _products_ref(x, gate_up, routed, adapters, low, of_tokens=True)
+    if kept is not None:
+        pre = kept.copy_(pre).float()
     gate, value = pre[:, 0::2].clamp(max=activation.limit), pre[:, 1::2].clamp(-activation.limit, activation.limit)
     return (gate * torch.sigmoid(activation.alpha * gate) * (value + 1)).to(x.dtype)
 
 
-def down_ref(hidden: Tensor, linear: Linear, routed: Routed, adapters: Tensor | None = None) -> Tensor:
+def down_ref(
+    hidden: Tensor, linear: Linear, routed: Routed, adapters: Tensor | None = None, *, low: Tensor | None = None
+) -> Tensor:
     """Plain PyTorch, in fp32 until the end; see `down`."""
-    y = _products_ref(hidden, linear, routed, adapters, of_tokens=False)
+    y = _products_ref(hidden, linear, routed, adapters, low, of_tokens=False)
     results = hidden.new_zeros(len(routed.slots), linear.tiles.out_features)
     real = routed.slots >= 0
     results[routed.slots[real].long()] = y[real].to(hidden.dtype)
     return results.view(*routed.chosen.shape, -1)
 
 
-def _products_ref(x: Tensor, linear: Linear, routed: Routed, adapters: Tensor | None, *, of_tokens: bool) -> Tensor:
+def _products_ref(
+    x: Tensor, linear: Linear, routed: Routed, adapters: Tensor | None, low: Tensor | None, *, of_tokens: bool
+) -> Tensor:
     """Return x W^T + bias + B (A x) of every row, fp32 (M, out); zero behind the last."""
     weights = mxfp4.decode(*unpack(linear.tiles), torch.float32)  # (E, out, in)
-    low = _low(low_products_ref, x, linear, routed, adapters, of_tokens=of_tokens)
+    low = _low(low_products_ref, x, linear, routed, adapters, low, of_tokens=of_tokens)
     products = x.new_zeros(len(routed.slots), linear.tiles.out_features, dtype=torch.float32)
     for expert, first, count in routed.tiles.T.tolist():
         if expert >= 0:
@@ -120,37 +136,59 @@ def combine_ref(results: Tensor, routed: Routed) -> Tensor:
     return total.where((routed.chosen[:, :1] >= 0), 0.0).to(results.dtype)
 
 
-def up(x: Tensor, gate_up: Linear, routed: Routed, activation: Swiglu, adapters: Tensor | None = None) -> Tensor:
+def up(
+    x: Tensor,
+    gate_up: Linear,
+    routed: Routed,
+    activation: Swiglu,
+    adapters: Tensor | None = None,
+    *,
+    low: Tensor | None = None,
+    pre: Tensor | None = None,
+) -> Tensor:
     """Return what the experts' units hold, bf16 (M, I), in the order of the routed rows.
 
     Args:
         x: bf16 (N, C).
         gate_up: W (E, 2 I, C), gate and up of a unit in neighbouring rows, as in the checkpoint.
         adapters: int32 (N,), each token's adapter, if there are any.
+        low: fp32 or bf16 (parts, M, R): what `low_products` makes of the adapters' A, if that is known already.
+        pre: bf16 (M, 2 I), where what the SwiGLU reads is to be kept; it is rounded before the SwiGLU then.
     Rows behind the last routed one are not written.
     Raises: ValueError if `x` is not bf16 or shapes disagree.
     """
-    _check(x, gate_up)
+    check_activations(x, gate_up.tiles.in_features)
     hidden = x.new_empty(len(routed.slots), gate_up.tiles.out_features // 2)
-    low = _low(low_products, x, gate_up, routed, adapters, of_tokens=True)
+    low = _low(low_products, x, gate_up, routed, adapters, low, of_tokens=True)
     constants = {"K": routed.chosen.shape[1], "ALPHA": activation.alpha, "LIMIT": activation.limit}
-    _launch(up_kernel, x, gate_up, routed, hidden, low=low, constants=constants)
+    constants |= {"KEEP": pre is not None}
+    _launch(
+        up_kernel,
+        x,
+        gate_up,
+        routed,
+        (hidden, hidden if pre is None else pre.view(torch.int32)),
+        low=low,
+        constants=constants,
+    )
     return hidden
 
 
-def down(hidden: Tensor, linear: Linear, routed: Routed, adapters: Tensor | None = None) -> Tensor:
+def down(
+    hidden: Tensor, linear: Linear, routed: Routed, adapters: Tensor | None = None, *, low: Tensor | None = None
+) -> Tensor:
     """Return what each choice's expert makes of its token, bf16 (N, k, C).
 
     Args:
         hidden: bf16 (M, I), as `up` returns it.
-        adapters: as for `up`.
+        adapters, low: as for `up`.
     What belongs to slots that are not real is not written.
     Raises: ValueError if `hidden` is not bf16 or shapes disagree.
     """
-    _check(hidden, linear)
+    check_activations(hidden, linear.tiles.in_features)
     results = hidden.new_empty(*routed.chosen.shape, linear.tiles.out_features)
-    low = _low(low_products, hidden, linear, routed, adapters, of_tokens=False)
-    _launch(down_kernel, hidden, linear, routed, results, low=low, constants={})
+    low = _low(low_products, hidden, linear, routed, adapters, low, of_tokens=False)
+    _launch(down_kernel, hidden, linear, routed, (results,), low=low, constants={})
     return results
 
 
@@ -158,7 +196,7 @@ def combine(results: Tensor, routed: Routed) -> Tensor:
     """Weigh and sum bf16 (N, k, C) over the choices, first to last in fp32: bf16 (N, C), zero where not real."""
     num_tokens, top_k, width = results.shape
     out = results.new_empty(num_tokens, width)
-    if num_tokens:
+    if num_tokens and not results.is_meta:
         with torch.cuda.device_of(results):
             combine_kernel[(num_tokens, triton.cdiv(width, COMBINE_BLOCK))](
                 results, routed.chosen, routed.weights, out, WIDTH=width, K=top_k, BLOCK=COMBINE_BLOCK,
@@ -171,11 +209,12 @@ COMBINE_BLOCK = 1024
 COMBINE_OPTIONS: dict[str, object] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def _check(x: Tensor, linear: Linear) -> None:
+def check_activations(x: Tensor, width: int) -> None:
+    """Raise ValueError unless this is what a product reads: bf16 (rows, width)."""
     if x.dtype != torch.bfloat16:
         raise ValueError(f"activations are {x.dtype}; the expert kernels take bfloat16, other dtypes the plain path")
-    if x.dim() != 2 or x.shape[1] != linear.tiles.in_features:
-        raise ValueError(f"activations have shape {tuple(x.shape)}, expected (rows, {linear.tiles.in_features})")
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"activations have shape {tuple(x.shape)}, expected (rows, {width})")
 
 
 def _low(
@@ -184,12 +223,13 @@ def _low(
     linear: Linear,
     routed: Routed,
     adapters: Tensor | None,
+    low: Tensor | None,
     *,
     of_tokens: bool,
 ) -> Tensor | None:
-    """Return what `function` makes of the adapters' A, if there are any."""
-    if linear.low_rank is None:
-        return None
+    """Return what `function` makes of the adapters' A, if there are any and it is not known already."""
+    if linear.low_rank is None or low is not None:
+        return low
     if adapters is None:
         raise ValueError("a projection with adapters needs to know which one each token has: pass `adapters`")
     return function(x, linear.low_rank, routed, adapters, of_tokens=of_tokens)
@@ -200,7 +240,7 @@ def _launch(
     x: Tensor,
     linear: Linear,
     routed: Routed,
-    out: Tensor,
+    outputs: tuple[Tensor, ...],
     *,
     low: Tensor | None,
     constants: Mapping[str, object],
@@ -211,12 +251,12 @@ def _launch(
     if routed.block_m not in table:
         raise ValueError(f"tiles have up to {routed.block_m} rows, expected one of {tuple(table)}")
     launch, num_tiles = table[routed.block_m], routed.tiles.shape[1]
-    if num_tiles == 0:
+    if num_tiles == 0 or x.is_meta:
         return
     factors = (linear.bias, linear.bias) if low is None or linear.low_rank is None else (low, linear.low_rank.b)
     with torch.cuda.device_of(x):
         kernel[(num_tiles * triton.cdiv(linear.tiles.out_features, launch.block_n),)](
-            x.contiguous(), *linear.tiles[:2], linear.bias, *factors, routed.slots, routed.tiles, out,
+            x.contiguous(), *linear.tiles[:2], linear.bias, *factors, routed.slots, routed.tiles, *outputs,
             num_tiles, len(routed.slots),
             **product_constants(linear.tiles, launch, routed.block_m, packed=x.is_cuda and torch.version.hip is None),
             RANK=0 if low is None else low.shape[2], PARTS=0 if low is None else len(low),
@@ -239,12 +279,12 @@ def product_constants(tiles: Tiles, launch: tuning.Launch, block_m: int, *, pack
 
 @triton.jit(do_not_specialize=["num_tiles", "num_rows"])
 def up_kernel(  # type: ignore[no-untyped-def]
-    x, words, scales, bias, low, b, slots, tiles, hidden, num_tiles, num_rows,
-    K: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    x, words, scales, bias, low, b, slots, tiles, hidden, pre, num_tiles, num_rows,
+    K: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KEEP: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, ORDER: tl.constexpr, PACKED: tl.constexpr,
     RANK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows by BLOCK_N / 2 units."""
+    """One tile of rows by BLOCK_N / 2 units; `pre`, words of a gate and an up, is written if KEEP."""
     BLOCKS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     UNITS: tl.constexpr = OUT // 2
     tile, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
@@ -258,9 +298,8 @@ def up_kernel(  # type: ignore[no-untyped-def]
         OUT, IN, BLOCK_M, BLOCK_N, STEP, ORDER, PACKED,
     )  # fmt: skip
     if RANK:
-        sums = add_low_rank(
-            sums, low, b, row, inside, num_rows, expert, block, OUT, RANK, PARTS, BLOCK_M, BLOCK_N
-        )  # fmt: skip
+        n = checkpoint_rows(block, BLOCK_N)
+        sums = add_low_rank(sums, low, b, row, inside, num_rows, expert, n, OUT, RANK, PARTS, BLOCK_M)
     sums = tl.permute(tl.reshape(sums, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
     gate, value = tl.split(sums)
     gate, value = tl.reshape(gate, (BLOCK_N // 2, BLOCK_M)), tl.reshape(value, (BLOCK_N // 2, BLOCK_M))
@@ -268,11 +307,17 @@ def up_kernel(  # type: ignore[no-untyped-def]
     bias += expert.to(tl.int64) * OUT + unit * 2
     gate += tl.load(bias, mask=unit < UNITS, other=0.0).to(tl.float32)[:, None]
     value += tl.load(bias + 1, mask=unit < UNITS, other=0.0).to(tl.float32)[:, None]
+    at = row.to(tl.int64)[None, :] * UNITS + unit[:, None]
+    stored = inside[None, :] & (unit < UNITS)[:, None]
+    if KEEP:
+        low_half = gate.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high_half = value.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        tl.store(pre + at, (low_half | high_half).to(tl.int32, bitcast=True), mask=stored)
+        gate, value = (low_half << 16).to(tl.float32, bitcast=True), high_half.to(tl.float32, bitcast=True)
     gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     value = tl.clamp(value, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     result = gate * tl.sigmoid(gate * ALPHA) * (value + 1)
-    at = row.to(tl.int64)[None, :] * UNITS + unit[:, None]
-    tl.store(hidden + at, result.to(tl.bfloat16), mask=inside[None, :] & (unit < UNITS)[:, None])
+    tl.store(hidden + at, result.to(tl.bfloat16), mask=stored)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_rows"])
@@ -294,9 +339,8 @@ def down_kernel(  # type: ignore[no-untyped-def]
         OUT, IN, BLOCK_M, BLOCK_N, STEP, ORDER, PACKED,
     )  # fmt: skip
     if RANK:
-        sums = add_low_rank(
-            sums, low, b, row, inside, num_rows, expert, block, OUT, RANK, PARTS, BLOCK_M, BLOCK_N
-        )  # fmt: skip
+        n = checkpoint_rows(block, BLOCK_N)
+        sums = add_low_rank(sums, low, b, row, inside, num_rows, expert, n, OUT, RANK, PARTS, BLOCK_M)
     sums = tl.permute(tl.reshape(sums, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 1, 3))
     sums = tl.reshape(sums, (BLOCK_N, BLOCK_M))
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -24,13 +24,13 @@ def cases(target: str) -> list[Case]:
     found = []
     weights = {"words": "*i32", "scales": "*i32", "bias": "*bf16", "low": "*fp32", "b": "*bf16"}
     tables = {"slots": "*i32", "tiles": "*i32"}
-    ups = {"x": "*bf16"} | weights | tables | {"hidden": "*bf16"}
+    ups = {"x": "*bf16"} | weights | tables | {"hidden": "*bf16", "pre": "*bf16"}
     downs = {"hidden": "*bf16"} | weights | tables | {"results": "*bf16"}
     forms = [(block_m, 0) for block_m in tuning.TABLES[target]] + [(16, 16), (64, 64)]
     for block_m, rank in forms:
         launch = tuning.TABLES[target][block_m]
         for name, kernel, pointers, out_features, more in (
-            ("up", moe.up_kernel, ups, 5760, {"K": 4, "ALPHA": 1.702, "LIMIT": 7.0}),
+            ("up", moe.up_kernel, ups, 5760, {"K": 4, "ALPHA": 1.702, "LIMIT": 7.0, "KEEP": False}),
             ("down", moe.down_kernel, downs, 2880, {}),
         ):
             tiles = empty(1, out_features, 2880, tuning.ORDERS[target], device="meta")
@@ -58,8 +58,8 @@ def checks(config: ModelConfig, device: torch.device, tokens: Sequence[int]) -> 
     generator = torch.Generator(device).manual_seed(0)
     c, i = config.hidden_size, config.intermediate_size
     layer = moe.Layer(
-        _random_linear(config, 2 * i, c, device, generator),
-        _random_linear(config, c, i, device, generator),
+        random_linear(config, 2 * i, c, device, generator),
+        random_linear(config, c, i, device, generator),
         moe.Swiglu(config.swiglu_alpha, config.swiglu_limit),
         config.num_experts_per_tok,
     )
@@ -70,7 +70,7 @@ def checks(config: ModelConfig, device: torch.device, tokens: Sequence[int]) -> 
     yield _with_adapters(config, layer, min(64, max(tokens)), generator)
 
 
-def _random_linear(
+def random_linear(
     config: ModelConfig, out_features: int, in_features: int, device: torch.device, generator: torch.Generator
 ) -> moe.Linear:
     """Return random weights of about unit effect, made in tiles."""

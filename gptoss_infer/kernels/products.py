@@ -2,7 +2,7 @@
 
 Weights are the left operand, tokens the right one: 64 rows of weights fill a matrix instruction however few the tokens.
 Sums over columns go from the first to the last, in an order that only the layer determines. Functions for kernels, not
-kernels; used by `moe` and `low_rank`.
+kernels; used by `moe`, `moe_backward` and `low_rank`.
 """
 
 from __future__ import annotations
@@ -120,15 +120,61 @@ def product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def add_low_rank(  # type: ignore[no-untyped-def]
-    sums, low, b, row, inside, num_rows, expert, block,
-    OUT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def transposed_product(  # type: ignore[no-untyped-def]
+    y, inside, words, scales, expert, block,
+    OUT: tl.constexpr, IN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Add an adapter's B (E, OUT, RANK) times low (PARTS, rows, RANK), see `low_rank`, to the sums of `product`."""
+    """Return fp32 (BLOCK_N, BLOCK_M): columns `block` of an expert's W, in order, times rows of y, transposed.
+
+    The sums go over the rows of W, so a decoded tile has to be turned: it goes once through shared memory, where that
+    of `product` stays in registers. Tiles of one row of tiles lie together, as they are read here too.
+
+    y: pointers (BLOCK_M,) to the rows' first elements, of OUT; `inside` (BLOCK_M,) says which there are.
+    """
+    TILE_ROWS: tl.constexpr = (OUT + 63) // 64
+    COLUMNS: tl.constexpr = (IN + 63) // 64
+    PAIRS: tl.constexpr = (COLUMNS + 1) // 2
+    at = tl.arange(0, BLOCK_N * 8)
+    row = tl.arange(0, BLOCK_N)
+    # Tiles behind the last are the last again: what they give is not stored.
+    first = expert.to(tl.int64) * TILE_ROWS
+    words += (first * COLUMNS + tl.minimum(block * (BLOCK_N // 64) + at // 512, COLUMNS - 1)) * 512 + at % 512
+    column = tl.minimum(block * (BLOCK_N // 64) + row // 64, COLUMNS - 1)
+    scales += (first * PAIRS + column // 2) * 64 + row % 64
+    shift = (column % 2 * 16).to(tl.uint32)
+    k = tl.arange(0, 64)[:, None]
+    y = y[None, :] + k
+    inside = inside[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for tile_row in range(TILE_ROWS):
+        scale = tl.load(scales).to(tl.uint32, bitcast=True) >> shift
+        w = tl.load(words).to(tl.uint32, bitcast=True)
+        y_tile = tl.load(y, mask=inside & (tile_row * 64 + k < OUT), other=0.0)
+        values = tl.reshape(tile_values(w, scale, 0, ORDER, PACKED), (BLOCK_N // 64, 4, 2, 8, 64))
+        values = tl.reshape(tl.permute(values, (0, 4, 1, 3, 2)), (BLOCK_N, 64))  # by column, rows in order
+        sums = tl.dot(values, y_tile, sums)
+        words += COLUMNS * 512
+        scales += PAIRS * 64
+        y += 64
+    return sums
+
+
+@triton.jit
+def checkpoint_rows(block, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the rows of W, int32 (BLOCK_N,), that a block of `product` has as 16 n + 8 c + a."""
+    n = tl.arange(0, BLOCK_N)
+    return block * BLOCK_N + n // 16 * 16 + n % 8 * 2 + n // 8 % 2
+
+
+@triton.jit
+def add_low_rank(  # type: ignore[no-untyped-def]
+    sums, low, b, row, inside, num_rows, expert, n,
+    OUT: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add rows n of an adapter's B (E, OUT, RANK) times low (PARTS, rows, RANK), see `low_rank`, to the sums."""
     rank = tl.arange(0, 16)
     low += row.to(tl.int64)[None, :] * RANK + rank[:, None]
-    n = tl.arange(0, BLOCK_N)
-    n = block * BLOCK_N + n // 16 * 16 + n % 8 * 2 + n // 8 % 2  # the checkpoint's row of 16 n + 8 c + a
     b += (expert.to(tl.int64) * OUT + n)[:, None] * RANK + rank[None, :]
     for _ in tl.range(RANK // 16, num_stages=1):  # sums and little else in registers, nothing more in shared memory
         total = tl.zeros((16, BLOCK_M), tl.float32)

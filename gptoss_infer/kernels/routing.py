@@ -48,6 +48,16 @@ def num_tiles(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> in
     return experts + (slots - experts) // block_m
 
 
+def tile_table(counts: Sequence[int], block_m: int) -> Tensor:
+    """Return `Routed.tiles` for experts with so many rows, int32 (3, P) on the CPU, where the counts are known."""
+    rows = torch.tensor(counts, dtype=torch.int64)
+    number = (rows + (block_m - 1)) // block_m
+    expert = torch.arange(len(rows)).repeat_interleave(number)
+    before = (torch.arange(len(expert)) - (number.cumsum(0) - number)[expert]) * block_m  # rows in tiles before
+    first = (rows.cumsum(0) - rows)[expert] + before
+    return torch.stack([expert, first, (rows[expert] - before).clamp_max(block_m)]).int()
+
+
 def route_ref(logits: Tensor, top_k: int, block_m: int, real: Tensor | None = None) -> Routed:
     """Plain PyTorch; see `route`."""
     _check(logits, top_k, real)
@@ -62,12 +72,8 @@ def route_ref(logits: Tensor, top_k: int, block_m: int, real: Tensor | None = No
     counts = torch.bincount(flat[flat >= 0], minlength=num_experts)
     slots[int(counts.sum()) :] = -1
     tiles = torch.full((3, num_tiles(num_tokens, top_k, num_experts, block_m)), -1, dtype=torch.int32)
-    position, row = 0, 0
-    for expert, count in enumerate(counts.tolist()):
-        for first in range(0, count, block_m):
-            tiles[:, position] = torch.tensor([expert, row + first, min(block_m, count - first)])
-            position += 1
-        row += count
+    known = tile_table(counts.tolist(), block_m)
+    tiles[:, : known.shape[1]] = known
     return Routed(chosen, weights, slots, tiles.to(logits.device), block_m)
 
 

@@ -85,6 +85,8 @@ def pack(blocks: Tensor, scales: Tensor, order: Order, device: torch.device | st
         raise ValueError(f"scales have shape {tuple(scales.shape)}, expected (E, out, G)")
     num_experts, out_features, groups = scales.shape
     tiles = empty(num_experts, out_features, groups * mxfp4.BLOCK, order, device or blocks.device)
+    if blocks.is_meta:  # of a plan: tiles without values
+        return tiles
     for expert in range(num_experts):
         _pack_expert(blocks[expert].to(tiles.words.device), scales[expert].to(tiles.words.device), expert, tiles)
     return tiles

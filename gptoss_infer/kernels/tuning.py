@@ -58,6 +58,11 @@ TABLES: dict[str, dict[int, Launch]] = {
         64: Launch(256, 1, 4, 2, blocks=1),
     },
 }
+# Of products with the transposed weight, where a tile of columns is taken at a time, whatever `step` says. On 9.0 both
+# operands are in shared memory: blocks of one warpgroup, of which one decodes while the others multiply.
+BACKWARD: dict[str, dict[int, Launch]] = TABLES | {
+    "sm_90": TABLES["sm_90"] | {64: Launch(64, 1, 4, 4, blocks=4), 128: Launch(64, 1, 4, 3, blocks=3)},
+}
 ORDERS: dict[str, Order] = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "mma", "gfx942": "mfma"}
 
 
@@ -79,8 +84,8 @@ def options(target: str, num_warps: int, num_stages: int) -> dict[str, object]:
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """Return whose table a GPU takes; "sm_90" for the interpreter, which has no GPU."""
-    if device.type == "cpu":
+    """Return whose table a GPU takes; "sm_90" for the interpreter and for plans, which have no GPU."""
+    if device.type in ("cpu", "meta"):
         return "sm_90"
     if torch.version.hip is not None:
         return "gfx942"

@@ -16,7 +16,7 @@ def test_every_kernels_checks_pass_in_the_interpreter_at_toy_sizes() -> None:
     errors = interpreted("check_probes", "errors", 1, 11)
     assert len(errors) > 15
     assert (errors[:, 0] <= errors[:, 1]).all()
-    assert (errors[:, 1] < 2**-7).all()
+    assert (errors[:, 1] <= 2**-6).all()
 
 
 def test_a_wrong_result_of_any_kind_exceeds_what_is_allowed() -> None:

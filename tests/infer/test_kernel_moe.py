@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreter import interpreted
+from moe_inputs import random_factors, random_inputs, random_weights
 from torch import Tensor
 
 from gptoss_infer import mxfp4
@@ -16,23 +17,6 @@ from gptoss_infer.kernels import low_rank, moe, routing, tiles, tuning  # need t
 TARGETS = tuple(tuning.TABLES)
 ONE_FAST = [pytest.param(target, marks=() if target == "sm_90" else pytest.mark.slow) for target in TARGETS]
 HALF_UNIT = 2**-8  # largest relative error of rounding to bf16
-
-
-def random_weights(num_experts: int, hidden: int, units: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Blocks, scales and bias of gate_up, then of down; values of about unit effect."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
-    for rows, columns in ((2 * units, hidden), (hidden, units)):
-        blocks = torch.randint(0, 256, (num_experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(121, 125, (num_experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
-        found += [blocks, scales, torch.randn(num_experts, rows, generator=generator).bfloat16()]
-    return tuple(found)
-
-
-def random_inputs(num_tokens: int, num_experts: int, hidden: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_tokens)
-    x = torch.randn(num_tokens, hidden, generator=generator).bfloat16()
-    return x, torch.randn(num_tokens, num_experts, generator=generator)
 
 
 def dense(blocks: Tensor, scales: Tensor, bias: Tensor, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,16 +173,6 @@ def test_the_whole_layer_equals_the_models_own_experts() -> None:
     )
     layer = moe.Layer(*linears, moe.Swiglu(1.702, 7.0), 2)
     assert (moe.moe_ref(x, logits, layer).float() - expected).norm() < 2**-8 * expected.norm()
-
-
-def random_factors(num_experts: int, hidden: int, units: int, rank: int, seed: int) -> list[Tensor]:
-    """A and B of gate_up, then of down, whose product is about as large as the weights."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for rows, columns in ((2 * units, hidden), (hidden, units)):
-        found.append(torch.randn(num_experts, rank, columns, generator=generator) * columns**-0.5)
-        found.append(torch.randn(num_experts, rows, rank, generator=generator) * rank**-0.5)
-    return found
 
 
 def dense_layer(x: Tensor, logits: Tensor, top_k: int, weights: tuple[Tensor, ...], deltas: list[Tensor]) -> Tensor:

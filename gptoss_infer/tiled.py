@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gptoss_infer import kernels
 from gptoss_infer.experts import ExpertLinear, Projection
@@ -81,25 +82,33 @@ def _projections(layers: list[MoE]) -> Iterator[tuple[int, Projection]]:
 def tile_layer(of: MoE) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a layer's experts as a function of x bf16 (N, C) and router logits (N, E), and drop their blocks."""
     experts, top_k = of.experts, of.top_k
-    gate_up, down = _linear(experts.gate_up_proj), _linear(experts.down_proj)
+    for module in (experts.gate_up_proj, experts.down_proj):
+        _tile(module)
+    made = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
     def run(x: Tensor, logits: Tensor) -> Tensor:
         assert not torch.is_grad_enabled(), "experts in tiles have no gradients: load the model again to train it"
+        gate_up, down = _linear(experts.gate_up_proj, made[0]), _linear(experts.down_proj, made[1])
         return kernels.run_tiled(x, logits, gate_up, down, activation=experts.activation, top_k=top_k)
 
     return run
 
 
-def _linear(module: nn.Module) -> Any:
-    """Put a projection into tiles, and return it as `kernels.linear` makes it."""
-    _tile(module)
+def _linear(module: nn.Module, made: WeakIdKeyDictionary) -> Any:
+    """Return a projection, with the adapter that it has now, as `kernels.linear` makes it.
+
+    made: those that were made before, by the tensor that tells them apart; one goes when its adapter does.
+    """
     projection: Projection = module.projection()  # type: ignore[operator]
-    assert projection.tiles is not None, "these were put into tiles just now"
+    assert projection.tiles is not None, "the layer's experts were put into tiles"
     assert not projection.merged, "experts rounded with their adapter are training's, not inference's"
-    factors = None
-    if projection.a is not None and projection.b is not None:
-        factors = projection.a, projection.b, projection.scaling
-    return kernels.linear(projection.tiles, projection.bias, factors)
+    key = projection.bias if projection.a is None else projection.a
+    if key not in made:
+        factors = None
+        if projection.a is not None and projection.b is not None:
+            factors = projection.a, projection.b, projection.scaling
+        made[key] = kernels.linear(projection.tiles, projection.bias, factors)
+    return made[key]
 
 
 def _tile(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import gptoss_infer as gi
 from gptoss_infer import kernels
 from gptoss_infer.experts import Shown
-from gptoss_infer.lora import load_adapter, round_experts
+from gptoss_infer.lora import Adapters, load_adapter, round_experts
 from gptoss_infer.model import GptOss, MoE
 from gptoss_infer.tiled import tile_for_training, tile_layer
 
@@ -26,6 +26,25 @@ def logits(checkpoint: str, adapter: str, input_ids: Tensor) -> Tensor:
         if isinstance(module, MoE):
             module.tiled = tile_layer(module)
     return model(input_ids)
+
+
+@torch.no_grad()
+def swapped(checkpoint: str, adapters: list[str], input_ids: Tensor) -> list[Tensor]:
+    """What a bf16 model in tiles says with each adapter, which come after the tiles; "" is none, and removes all."""
+    model = gi.load(Path(checkpoint), device="cpu", dtype=torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.tiled = tile_layer(module)
+    held, says = Adapters(model), []
+    for adapter in adapters:
+        if adapter and adapter not in held:
+            held.add(adapter, adapter)
+        held.use(adapter or None)
+        if not adapter:
+            for name in list(held):
+                held.remove(name)
+        says.append(model(input_ids))
+    return says
 
 
 def trained(

@@ -50,6 +50,23 @@ def test_tiles_change_logits_by_no_more_than_bf16_does(tmp_path: Path, adapted: 
     assert error < says[torch.float32].norm() / 60
 
 
+def test_adapters_that_come_after_the_tiles_and_change_places_are_those_that_were_there_before(tmp_path: Path) -> None:
+    checkpoint = write_tiny(tmp_path / "base", CONFIG)
+    names = ["both", "down", ""]
+    for seed, (name, weights) in enumerate((("both", EXPERTS), ("down", ("down_proj", "q_proj")))):
+        (tmp_path / name).mkdir()
+        adapter = random_adapter(CONFIG, all_targets(2, weights), rank=2 + seed, seed=seed)
+        write_adapter(tmp_path / name, adapter, CONFIG)
+    paths = [str(tmp_path / name) if name else "" for name in names]
+    ids = torch.randint(0, 512, (1, 7), generator=torch.Generator().manual_seed(0))
+    both, down, none = (interpreted("tiled_probes", "logits", str(checkpoint), path, ids) for path in paths)
+    order = [paths[0], paths[1], paths[0], "", paths[1], ""]
+    found = interpreted("tiled_probes", "swapped", str(checkpoint), order, ids)
+    for got, expected in zip(found, (both, down, both, none, down, none), strict=True):
+        assert torch.equal(got, expected)
+    assert not torch.equal(both, down)
+
+
 def test_a_model_that_the_kernels_cannot_take_stays_as_it_is_and_the_reason_is_told(tiny_checkpoint: Path) -> None:
     model = gi.load(tiny_checkpoint, device="cpu", dtype=torch.bfloat16)
     assert tile_experts(model) == "experts: plain PyTorch, because the model is on cpu"

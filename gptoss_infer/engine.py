@@ -33,6 +33,7 @@ from gptoss_infer.compiled import CompiledModel
 from gptoss_infer.config import ModelConfig
 from gptoss_infer.constraints import Constraint, Follower, allowed_tokens, follow
 from gptoss_infer.errors import UsageError
+from gptoss_infer.graphs import Graphs, why_no_graphs
 from gptoss_infer.harmony import STOP_TOKENS
 from gptoss_infer.harmony.vocabulary import VOCABULARY_SIZE
 from gptoss_infer.loading import load, pick_device, show_progress
@@ -170,9 +171,13 @@ class Engine:
             print_once(
                 f"layers: compiled CPU kernels, {self.compiled.compiled.level}, {torch.get_num_threads()} threads"
             )
+        self.graphs: Graphs | None = None
         if model.device.type != "cpu":
             print_once(f"attention: {_path(self.cache.why_no_kernels)}")
             print_once(f"norms, sampling: {_path(kernels.why_no_triton(model.lm_head.weight))}")
+            why_not = why_no_graphs(model, self.cache)
+            print_once(f"decoding: {'CUDA graphs' if why_not is None else f'step by step, because {why_not}'}")
+            self.graphs = Graphs(model, self.cache) if why_not is None else None
         self.scheduler = Scheduler(self.limits, Pool(num_pages["full"]), Pool(num_pages["window"]))
         self.adapters: Adapters | None = None  # made when the first is loaded, as it brings peft
         self.default_adapter: str | None = None
@@ -333,10 +338,9 @@ class Engine:
         for adapter, batch in self._batches(chunks):
             ending: list[Sample] = [chunk.sequence for chunk in batch if chunk.reaches_end]  # type: ignore[misc]
             self._use(adapter)
-            hidden = self._hidden(batch)
+            logits = self._logits(batch, adapter)
             self.scheduler.advance(batch)
             if ending:
-                logits = self.model.lm_head(hidden) if self.compiled is None else self.compiled.logits(hidden)
                 self._extend(ending, logits)
             grown += ending
         return grown
@@ -350,14 +354,17 @@ class Engine:
             return [(adapter, [chunk]) for adapter, batch in by_adapter.items() for chunk in batch]
         return list(by_adapter.items())
 
-    def _hidden(self, batch: list[Chunk]) -> Tensor:
-        """Compute the tokens of a batch; return the final hidden states of those that samples end with, (B, C)."""
+    def _logits(self, batch: list[Chunk], adapter: str | None) -> Tensor:
+        """Compute the tokens of a batch; return the logits of those that samples end with, (B, V)."""
         if self.compiled is not None:
-            return self.compiled.hidden(batch)
+            hidden = self.compiled.hidden(batch)
+            return self.compiled.logits(hidden) if len(hidden) else hidden
+        if self.graphs is not None and adapter is None and (logits := self.graphs.logits(batch)) is not None:
+            return logits
         step = step_of(self.cache, batch, self.model.device)
         hidden = self.model.hidden(step.input_ids[None], step.positions[None], step)[0]  # (N, C)
         rows = [row for row, chunk in zip(step.last_rows, batch, strict=True) if chunk.reaches_end]
-        return hidden[rows]
+        return self.model.lm_head(hidden[rows]) if rows else hidden[:0]
 
     def _extend(self, samples: list[Sample], logits: Tensor) -> None:
         """Draw the next token of each sample from logits (B, V); free those that it was the last of."""

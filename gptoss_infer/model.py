@@ -32,6 +32,10 @@ Angles = tuple[Tensor, Tensor]  # cosines and sines by which heads are rotated: 
 class LayerCache(Protocol):
     """What attention asks of a cache."""
 
+    @property
+    def real(self) -> Tensor | None:
+        """Which of the N tokens there are, bool (N,), where a batch has empty slots; None if it has none."""
+
     def attend(
         self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], angles: Angles, sinks: Tensor, window: int | None
     ) -> Tensor:
@@ -160,15 +164,16 @@ class MoE(nn.Module):
         self.experts = Experts(
             config.num_local_experts, config.hidden_size, config.intermediate_size, activation, experts
         )
-        # What inference on a GPU runs instead, from x (N, C) and the router's logits: `gptoss_infer.tiled`.
-        self.tiled: Callable[[Tensor, Tensor], Tensor] | None = None
+        # What inference on a GPU runs instead, from x (N, C), the router's logits and which tokens are real: see
+        # `gptoss_infer.tiled`.
+        self.tiled: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         flat = x.flatten(0, 1)  # (N, C)
         if self.tiled is not None:
             assert context.watch is None, "experts in tiles show nothing: load the model again"
-            return self.tiled(flat, self.router(flat)).view_as(x)
+            return self.tiled(flat, self.router(flat), context.real).view_as(x)
         logits, chosen = self.router(flat).topk(self.top_k, dim=-1)  # (N, k), sorted
         weights = logits.softmax(-1, dtype=torch.promote_types(torch.float32, logits.dtype)).to(x.dtype)
         routing = Routing.of(chosen, self.num_experts)
@@ -201,15 +206,23 @@ class Context:
     """What all layers share in one forward: rotations, what each query sees, the cache, and the options."""
 
     def __init__(self, config: ModelConfig, positions: Tensor, like: Tensor, cache: LayerCache | None) -> None:
-        self.cache = cache
+        self.cache, self.real = cache, None if cache is None else cache.real
         device, dtype = like.device, like.dtype
         self.recompute: Recompute = "none"
         self.watch: Watch | None = None
-        frequencies, scale = rope_frequencies(config.head_dim, config.rope)
-        angles = positions.to(device).flatten().unsqueeze(1).float() * frequencies.to(device)  # (N, D/2)
+        frequencies, scale = _frequencies_on(device, config.head_dim, config.rope)
+        angles = positions.to(device).flatten().unsqueeze(1).float() * frequencies  # (N, D/2)
         self.angles: Angles = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
         if cache is None:
             self.blocks = Blocks(document_starts(positions), device)
+
+
+@functools.lru_cache(maxsize=8)
+def _frequencies_on(device: torch.device, head_dim: int, rope: RopeConfig) -> tuple[Tensor, float]:
+    """Return `rope_frequencies` on a device, where they stay: a CUDA graph can wait for no copy from the host."""
+    with torch.inference_mode(False):
+        frequencies, scale = rope_frequencies(head_dim, rope)
+        return frequencies.to(device), scale
 
 
 def document_starts(positions: Tensor) -> Tensor:

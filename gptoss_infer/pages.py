@@ -86,6 +86,8 @@ def step_of(cache: PagedCache, chunks: ListOf[Chunk], device: torch.device) -> S
 class _Tokens:
     """The tokens of a step, which `GptOss.hidden` takes with it."""
 
+    real: Tensor | None = None  # all of them are
+
     def __init__(self, cache: PagedCache, chunks: ListOf[Chunk], device: torch.device) -> None:
         self.cache = cache
         ids = [token for s, first, length in chunks for token in s.tokens[first : first + length]]
@@ -106,7 +108,7 @@ class KernelStep(_Tokens):
         for kind in set(cache.kinds):
             held, places = [], []
             for (sequence, first, length), end in zip(chunks, self.ends, strict=True):
-                pages, before = _held(sequence, kind, size)
+                pages, before = held_of(sequence, kind, size)
                 held.append(Held(pages, first - before, end - length, length))
                 own = range(first - before, first - before + length)
                 places += [pages[place // size] * size + place % size for place in own]
@@ -159,7 +161,7 @@ class Step(_Tokens):
         return out
 
 
-def _held(sequence: Sequence, kind: Kind, page_tokens: int) -> tuple[list[int], int]:
+def held_of(sequence: Sequence, kind: Kind, page_tokens: int) -> tuple[list[int], int]:
     """Return the pages of a sequence in the layers of a kind, and how many tokens come before them."""
     return (sequence.full, 0) if kind == "full" else (sequence.window, sequence.window_first * page_tokens)
 
@@ -170,7 +172,7 @@ def _table(cache: PagedCache, chunks: ListOf[Chunk], kind: Kind, device: torch.d
     single: list[tuple[list[int], int]] = []  # pages, and which token in them is the new one
     several: list[tuple[Tensor, int]] = []
     for sequence, first, length in chunks:
-        held, before = _held(sequence, kind, size)
+        held, before = held_of(sequence, kind, size)
         pages += [held[(position - before) // size] for position in range(first, first + length)]
         if length == 1:
             single.append((held, first - before))

@@ -79,17 +79,18 @@ def _projections(layers: list[MoE]) -> Iterator[tuple[int, Projection]]:
         yield layer.layer, layer.experts.down_proj.projection()
 
 
-def tile_layer(of: MoE) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a layer's experts as a function of x bf16 (N, C) and router logits (N, E), and drop their blocks."""
+def tile_layer(of: MoE) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return a layer's experts as a function of x bf16 (N, C), router logits (N, E) and which of the N are real (None:
+    all), and drop their blocks."""
     experts, top_k = of.experts, of.top_k
     for module in (experts.gate_up_proj, experts.down_proj):
         _tile(module)
     made = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
-    def run(x: Tensor, logits: Tensor) -> Tensor:
+    def run(x: Tensor, logits: Tensor, real: Tensor | None) -> Tensor:
         assert not torch.is_grad_enabled(), "experts in tiles have no gradients: load the model again to train it"
         gate_up, down = _linear(experts.gate_up_proj, made[0]), _linear(experts.down_proj, made[1])
-        return kernels.run_tiled(x, logits, gate_up, down, activation=experts.activation, top_k=top_k)
+        return kernels.run_tiled(x, logits, gate_up, down, activation=experts.activation, top_k=top_k, real=real)
 
     return run
 

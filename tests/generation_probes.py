@@ -11,7 +11,8 @@ from torch import Tensor
 
 import gptoss_infer as gi
 from gptoss_infer import kernels
-from gptoss_infer.engine import Engine, SamplingParams
+from gptoss_infer.engine import Engine, SamplingParams, draw_next
+from gptoss_infer.graphs import Graphs
 from gptoss_infer.model import MoE
 from gptoss_infer.page_tables import Batch
 from gptoss_infer.tiled import tile_layer
@@ -29,6 +30,31 @@ def slopes_by_kernels(checkpoint: str, input_ids: Tensor, positions: Tensor) -> 
     """The same in bf16, the way of a GPU."""
     with patch.object(kernels, "why_no_triton", lambda x: None):
         return slopes(checkpoint, torch.bfloat16, input_ids, positions)
+
+
+def decoded_in_slots(checkpoint: str, prompts: list[list[int]], steps: int, options: dict) -> tuple[Tensor, ...]:
+    """Logits (steps, prompts, V) of decoding by tables of a step's own, then by tables in place, and how many sizes of
+    those were used; greedy tokens of the former are fed to both."""
+    model = gi.load(Path(checkpoint), device="cpu", dtype=torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.tiled = tile_layer(module)
+    plain, static = [], []
+    with patch.object(kernels, "why_no_triton", lambda x: None), torch.inference_mode():
+        engine = Engine(model, **options)
+        graphs = Graphs(model, engine.cache, record=lambda run: run)
+        samples = engine.add(prompts, SamplingParams(max_tokens=steps + 1, stop_token_ids=()))
+        while not all(one.token_ids for one in samples):
+            engine.step()
+        for _ in range(steps):
+            chunks = engine.scheduler.plan()
+            logits = graphs.logits(chunks)
+            assert logits is not None, "a step that decodes has a graph"
+            static.append(logits.clone())  # written to the same pages as by the step below
+            plain.append(engine._logits(chunks, None))
+            engine.scheduler.advance(chunks)
+            draw_next(samples, plain[-1])
+    return torch.stack(plain), torch.stack(static), torch.tensor([len(graphs._recorded)])
 
 
 def generate(checkpoint: str, prompts: list[list[int]], fields: dict, options: dict) -> tuple[Tensor, Tensor, Tensor]:

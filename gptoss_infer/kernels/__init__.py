@@ -106,17 +106,27 @@ def linear(tiles: Tiles, bias: Tensor, factors: tuple[Tensor, Tensor, float] | N
 
 
 def run_tiled(
-    x: Tensor, logits: Tensor, gate_up: moe.Linear, down: moe.Linear, *, activation: tuple[float, float], top_k: int
+    x: Tensor,
+    logits: Tensor,
+    gate_up: moe.Linear,
+    down: moe.Linear,
+    *,
+    activation: tuple[float, float],
+    top_k: int,
+    real: Tensor | None = None,
 ) -> Tensor:
     """Return the weighted sum of each token's experts from x bf16 (N, C) and router logits (N, E); no gradients.
 
-    activation: alpha and limit of the clamped SwiGLU. An adapter, if there is one, is every token's.
+    Args:
+        activation: alpha and limit of the clamped SwiGLU. An adapter, if there is one, is every token's.
+        real: bool (N,), False for tokens that are none; None if all are.
     """
     from gptoss_infer.kernels import moe
 
     adapted = gate_up.low_rank is not None or down.low_rank is not None
     adapters = x.new_zeros(len(x), dtype=torch.int32) if adapted else None
-    return moe.moe(x, logits, moe.Layer(gate_up, down, moe.Swiglu(*activation), top_k), adapters=adapters)
+    layer = moe.Layer(gate_up, down, moe.Swiglu(*activation), top_k)
+    return moe.moe(x, logits, layer, real=real, adapters=adapters)
 
 
 def run_trained(

@@ -80,6 +80,16 @@ def test_samples_by_kernels_have_the_plain_models_probabilities_whatever_is_cut_
     assert got.calls[1] >= 3  # the full layer, in every step in which both are decoded
 
 
+def test_a_step_whose_tables_stay_in_place_and_have_empty_slots_says_what_any_step_says(tmp_path: Path) -> None:
+    """Three sequences in four slots; one of them grows from two pages to three, beyond the window, meanwhile."""
+    checkpoint = write_tiny(tmp_path / "base", CONFIG)
+    plain, static, sizes = interpreted(
+        "generation_probes", "decoded_in_slots", str(checkpoint), prompts(31, 1, 5), 3, SMALL
+    )
+    assert torch.equal(plain, static)
+    assert sizes.tolist() == [2]
+
+
 def test_gradients_of_a_model_by_kernels_are_as_near_to_fp32_as_those_of_plain_bf16(tmp_path: Path) -> None:
     checkpoint = str(write_tiny(tmp_path / "base", CONFIG))
     input_ids = torch.tensor(prompts(54))

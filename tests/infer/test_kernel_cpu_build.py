@@ -46,12 +46,15 @@ class Result(NamedTuple):
     tokens: str
     doctor: str
     lines: list[str]
+    told: str  # which way the engine says it goes, without the details
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
     out, err = process.communicate()
     assert process.returncode == 0, err
-    return Result(*out.strip().split("|"), [line for line in err.splitlines() if "kernels" in line])
+    lines = [line for line in err.splitlines() if "kernels" in line]
+    told = [line for line in lines if line.startswith("layers: ")]
+    return Result(*out.strip().split("|"), [line for line in lines if line not in told], ";".join(told).split(",")[0])
 
 
 @pytest.fixture
@@ -63,6 +66,7 @@ def test_without_a_compiler_pytorch_generates_the_same_and_one_line_says_why(che
     empty = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     working, without = map(finish, (start(checkpoint), start(checkpoint, **empty)))
     assert (working.path, working.lines) == ("compiled", [])
+    assert working.told == "layers: compiled CPU kernels"
     assert "status='ok'" in working.doctor
     assert (without.path, without.tokens) == ("plain", working.tokens)
     (line,) = without.lines

@@ -126,15 +126,22 @@ def _answers(
                 yield asked[completion.prompt_index], prompts[completion.prompt_index], completion
         if left:
             raise RuntimeError(f"the engine answered {len(asked) - len(left)} of {len(asked)} prompts")
+        return
     except Exception as error:  # whatever the engine raises is an infra_error of a sample, recorded with its message
-        if len(asked) == 1:
-            yield asked[0], prompts[0], error
-            return
-        print(f"{len(left)} prompts failed ({type(error).__name__}: {error}); asking again in halves", file=sys.stderr)
-        rest = [asked[index] for index in left]
-        for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
-            if half:
-                yield from _answers(engine, prompter, half, settings)
+        failure = _without_frames(error)  # which hold the memory of the step that failed
+    if len(asked) == 1:
+        yield asked[0], prompts[0], failure
+        return
+    print(f"{len(left)} prompts failed ({type(failure).__name__}: {failure}); asking again in halves", file=sys.stderr)
+    rest = [asked[index] for index in left]
+    for half in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+        if half:
+            yield from _answers(engine, prompter, half, settings)
+
+
+def _without_frames(error: Exception) -> Exception:
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _answered(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gptoss_infer import kernels
+from gptoss_infer.errors import UsageError
 from gptoss_infer.experts import ExpertLinear
 from gptoss_infer.kernels import cpu
 from gptoss_infer.model import GptOss, Layer, rope_frequencies
@@ -47,9 +48,15 @@ class CompiledModel:
             alpha=config.swiglu_alpha,
             limit=config.swiglu_limit,
         )
+        self._taken = [(p, p.data_ptr()) for name, p in model.named_parameters() if "lora_" not in name]
         self._of_adapter: dict[str | None, cpu.Layers] = {}
         self.use(None)
         self.frequencies, self.scale = rope_frequencies(config.head_dim, config.rope)
+
+    def check(self) -> None:
+        """Raise UsageError if a tensor of the model is no longer where it was."""
+        if any(parameter.data_ptr() != place for parameter, place in self._taken):
+            raise UsageError("the model was moved or converted since this engine was made: make another engine")
 
     def use(self, adapter: str | None) -> None:
         """Compute with the factors that are in the model's layers now; `adapter` is what they are known by."""
@@ -69,6 +76,13 @@ class CompiledModel:
         """Return the compiled form, or None, and a line that says why, where plain PyTorch has to do."""
         weight = model.lm_head.weight
         if not weight.is_cpu or weight.dtype not in cpu.DTYPES or (compiled := kernels.cpu_kernels()) is None:
+            return None
+        others = {p.dtype for name, p in model.named_parameters() if "norm" not in name and "lora_" not in name}
+        if others != {weight.dtype}:
+            found = ", ".join(sorted(map(str, others)))
+            _LOG.warning(
+                "the CPU runs plain PyTorch instead of our compiled kernels, more slowly: weights of %s", found
+            )
             return None
         if any(isinstance(module, ExpertLinear) and module.format != "mxfp4" for module in model.modules()):
             _LOG.warning(

@@ -145,7 +145,7 @@ def _cpu_kernels() -> list[Check]:
         compiled = Kernels()
     except MachineError as error:
         finding = f"plain PyTorch instead of compiled kernels, more slowly: {error}"
-        return [Check("cpu kernels", "note", finding, "install a C++ compiler, such as g++, if one is missing")]
+        return [Check("cpu kernels", "note", finding, "see the reason; a C++ compiler is needed, such as g++")]
     x, weight = (torch.arange(n * 64).remainder(13).sub(6).view(n, 64).bfloat16() for n in (5, 21))
     if not torch.equal(compiled.linear(x, Affine(weight), torch.float32), x.float() @ weight.float().T):
         return [Check("cpu kernels", "missing", "compiled kernels multiply wrongly here", "set GPTOSS_CPU_KERNELS=0")]

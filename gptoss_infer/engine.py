@@ -17,12 +17,13 @@ adapter after the other, and reads the weights as often; keys and values are sha
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,14 +44,12 @@ from gptoss_infer.sampling import Draws
 from gptoss_infer.scheduler import Chunk, Limits, Pool, Scheduler
 from gptoss_infer.tiled import tile_experts
 
-if TYPE_CHECKING:
-    from gptoss_infer.lora import Adapters
-
 FinishReason = Literal["stop", "length", "cancelled"]
 STEP_TOKENS = {"cpu": 1024, "cuda": 8192}  # scores of attention and products of experts grow with it
 PAGE_TOKENS = 64
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free, by default
 BASE = "base"  # asks for no adapter
+_NUMBERS = itertools.count(1)
 
 
 def form_for(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Literal["mxfp4", "bf16"]:
@@ -90,8 +89,10 @@ class SamplingParams:
             raise UsageError(f"max_tokens {self.max_tokens} and n {self.n} must be at least 1")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):  # NaN neither
             raise UsageError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
-        if not (self.top_k >= 0 and 0 <= self.min_p <= 1):
-            raise UsageError(f"top_k {self.top_k} must be >= 0 and min_p {self.min_p} in [0, 1]")
+        if not (0 <= self.top_k < 2**31 and 0 <= self.min_p <= 1):
+            raise UsageError(f"top_k {self.top_k} must be from 0 to 2^31 - 1 and min_p {self.min_p} in [0, 1]")
+        if not -(2**63) <= self.seed <= 2**63 - self.n:
+            raise UsageError(f"seed {self.seed} and those of all {self.n} samples must fit in 64 bits, with a sign")
         if self.constraint is not None and not set(STOP_TOKENS) <= set(self.stop_token_ids):
             raise UsageError(f"stop_token_ids {self.stop_token_ids} must hold {STOP_TOKENS} if there is a constraint")
 
@@ -114,7 +115,7 @@ class Sample(scheduler.Sequence):
     params: SamplingParams = SamplingParams()
     prompt_index: int = 0
     sample_index: int = 0
-    adapter: str | None = None  # None: none
+    adapter: str | None = None  # what the model knows it by; None: none
     follower: Follower | None = None  # of its tokens, if they are constrained
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -166,6 +167,8 @@ class Engine:
             "window": max_batch * 2 * (self.limits.window_pages + 1) + step_tokens // page_tokens,
         }
         self.cache = PagedCache(config, num_pages, page_tokens, dtype, model.device)
+        if model.adapters is not None:  # another engine's
+            model.adapters.use(None)
         self.compiled = CompiledModel.of(model, self.cache)
         if self.compiled is not None:  # if not, a warning said why
             print_once(
@@ -179,10 +182,8 @@ class Engine:
             print_once(f"decoding: {'CUDA graphs' if why_not is None else f'step by step, because {why_not}'}")
             self.graphs = Graphs(model, self.cache) if why_not is None else None
         self.scheduler = Scheduler(self.limits, Pool(num_pages["full"]), Pool(num_pages["window"]))
-        self.adapters: Adapters | None = None  # made when the first is loaded, as it brings peft
         self.default_adapter: str | None = None
-        self._salts: dict[str, bytes] = {}  # of adapters, another each time that a name is given
-        self._num_loaded = 0
+        self._keys: dict[str, str] = {}  # of adapters: what the model knows each by, another whenever a name is given
 
     @classmethod
     def from_checkpoint(
@@ -221,36 +222,38 @@ class Engine:
         """
         from gptoss_infer.lora import Adapters  # brings peft
 
-        if name == BASE or name in self._salts:
+        if name == BASE or name in self._keys:
             raise UsageError(f"there is an adapter {name!r} already; unload it first, or choose another name")
-        if self.adapters is None:
-            self.adapters = Adapters(self.model)
-        self.adapters.add(name, adapter)
-        self._num_loaded += 1
-        self._salts[name] = self._num_loaded.to_bytes(8, "big")
+        if self.model.adapters is None:
+            self.model.adapters = Adapters(self.model)
+        key = f"adapter {next(_NUMBERS)}"  # of all engines over the model
+        self.model.adapters.add(key, adapter)
+        self._keys[name] = key
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory. Raises: UsageError if there is none, or a request still needs it."""
-        if self.adapters is None or name not in self._salts:
-            raise UsageError(f"there is no adapter {name!r}; loaded are {sorted(self._salts) or 'none'}")
+        if self.model.adapters is None or name not in self._keys:
+            raise UsageError(f"there is no adapter {name!r}; loaded are {', '.join(sorted(self._keys)) or 'none'}")
+        key = self._keys[name]
         queued: list[Sample] = [*self.scheduler.running, *self.scheduler.waiting]  # type: ignore[list-item]
-        if num_asking := sum(one.adapter == name for one in queued):
+        if num_asking := sum(one.adapter == key for one in queued):
             raise UsageError(
                 f"{num_asking} samples are being generated with adapter {name!r}; end or cancel them first"
             )
         self._use(None)
-        self.adapters.remove(name)
+        self.model.adapters.remove(key)
         if self.compiled is not None:
-            self.compiled.forget(name)
-        del self._salts[name]
+            self.compiled.forget(key)
+        del self._keys[name]
         if self.default_adapter == name:
             self.default_adapter = None
 
     def _use(self, adapter: str | None) -> None:
-        if self.adapters is not None and adapter != self.adapters.active:
-            self.adapters.use(adapter)
-            if self.compiled is not None:
-                self.compiled.use(adapter)
+        """Compute with an adapter, whatever was computed with before, also by another engine over the model."""
+        if self.model.adapters is not None:
+            self.model.adapters.use(adapter)
+        if self.compiled is not None:
+            self.compiled.use(adapter)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -275,13 +278,15 @@ class Engine:
     ) -> Generator[Completion]:
         """Yield the completions of all prompts in the order in which they end. Raises as `generate` does."""
         samples = self.add(prompts, params)
-        left = set(map(id, samples))
+        left = samples
         try:
             while left:
-                for one in self.step():
-                    if one.finish_reason is not None and id(one) in left:
-                        left.remove(id(one))
-                        yield one.completion()
+                ended = [one for one in left if one.finish_reason is not None]  # in whosever step that was
+                left = [one for one in left if one.finish_reason is None]
+                for one in ended:
+                    yield one.completion()
+                if left and not ended:
+                    self.step()
         finally:
             self.cancel(samples)
 
@@ -307,8 +312,10 @@ class Engine:
             params,
             vocabulary=config.vocab_size,
             context=config.max_position_embeddings,
-            adapters=[BASE, *self._salts],
+            adapters=[BASE, *self._keys],
         )
+        if self.compiled is not None:
+            self.compiled.check()
         most = self.scheduler.full.size * self.limits.page_tokens
         for one in samples:
             if one.max_tokens > most:
@@ -317,18 +324,17 @@ class Engine:
                     "max_tokens, or give the engine more cache_tokens"
                 )
         for one in samples:
-            one.adapter = self.default_adapter if one.params.adapter is None else one.params.adapter
-            one.adapter = None if one.adapter == BASE else one.adapter
-            one.salt = b"" if one.adapter is None else self._salts[one.adapter]
+            name = self.default_adapter if one.params.adapter is None else one.params.adapter
+            one.adapter = None if name is None or name == BASE else self._keys[name]
+            one.salt = (one.adapter or "").encode()
             self.scheduler.add(one)
         return samples
 
     def cancel(self, samples: Sequence[Sample]) -> None:
-        """End those that have not ended, and free their pages."""
+        """End those that have not ended, and free the pages of all."""
         for one in samples:
-            if one.finish_reason is None:
-                one.finish_reason = "cancelled"
-                self.scheduler.remove(one)
+            one.finish_reason = one.finish_reason or "cancelled"
+            self.scheduler.remove(one)
 
     @torch.inference_mode()
     def step(self) -> list[Sample]:
@@ -339,9 +345,12 @@ class Engine:
             ending: list[Sample] = [chunk.sequence for chunk in batch if chunk.reaches_end]  # type: ignore[misc]
             self._use(adapter)
             logits = self._logits(batch, adapter)
+            if ending:  # before anything is accounted for: a step that fails can be made again
+                draw_next(ending, logits, None if self.compiled is None else self.compiled.compiled.argmax)
             self.scheduler.advance(batch)
-            if ending:
-                self._extend(ending, logits)
+            for one in ending:
+                if one.finish_reason is not None:
+                    self.scheduler.remove(one)
             grown += ending
         return grown
 
@@ -365,13 +374,6 @@ class Engine:
         hidden = self.model.hidden(step.input_ids[None], step.positions[None], step)[0]  # (N, C)
         rows = [row for row, chunk in zip(step.last_rows, batch, strict=True) if chunk.reaches_end]
         return self.model.lm_head(hidden[rows]) if rows else hidden[:0]
-
-    def _extend(self, samples: list[Sample], logits: Tensor) -> None:
-        """Draw the next token of each sample from logits (B, V); free those that it was the last of."""
-        draw_next(samples, logits, None if self.compiled is None else self.compiled.compiled.argmax)
-        for one in samples:
-            if one.finish_reason is not None:
-                self.scheduler.remove(one)
 
 
 def make_samples(

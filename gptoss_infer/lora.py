@@ -9,7 +9,7 @@ where it is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,6 +71,11 @@ class _Lora(nn.Module, LoraLayer):
         """A and B."""
         return Factors(self.lora_A[NAME], self.lora_B[NAME])
 
+    def let_go(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Put empty factors in place of these, if they are there, and keep nothing that was made of them."""
+        if self.lora_A[NAME] is a:
+            self.lora_A[NAME], self.lora_B[NAME] = (nn.Parameter(x.new_empty(0), requires_grad=False) for x in (a, b))
+
     @property
     def dropout_now(self) -> float:
         """The share of inputs that this pass drops."""
@@ -111,7 +116,7 @@ class LoraLinear(_Lora):
     """A linear layer with factors A (r, in), B (out, r)."""
 
     base_layer: nn.Linear
-    _joined: tuple[tuple[object, ...], Tensor] | None = None  # see `_frozen`
+    _joined: tuple[list[object], Tensor] | None = None  # see `_frozen`
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -132,10 +137,16 @@ class LoraLinear(_Lora):
         For inference, where a step reads weights and does little else.
         """
         weight, b = self.base_layer.weight, self.factors.b
-        of = (weight.data_ptr(), weight.dtype, weight._version, b.data_ptr(), b._version)
-        if self._joined is None or self._joined[0] != of:
+        # By identity: an address may be another tensor's by now.
+        of = [id(weight), weight.data_ptr(), weight._version, b, b.data_ptr(), b._version, self.scaling[NAME]]
+        if self._joined is None or not _are_same(self._joined[0], of):
             self._joined = of, _join(weight, b * self.scaling[NAME])
         return self._joined[1]
+
+    def let_go(self, a: nn.Parameter, b: nn.Parameter) -> None:
+        """As the base class does."""
+        super().let_go(a, b)
+        self._joined = None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -174,6 +185,10 @@ class _LoraLinear(torch.autograd.Function):
 
 def _join(weight: Tensor, b: Tensor) -> Tensor:
     return torch.cat([weight, b.to(weight.dtype)], 1)  # (out, in + r)
+
+
+def _are_same(before: Sequence[object], now: Sequence[object]) -> bool:
+    return all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(before, now, strict=True))
 
 
 def _dropped(rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -311,10 +326,12 @@ class Adapters:
         self._put(self.active)
 
     def remove(self, name: str) -> None:
-        """Let go of an adapter that is not in use."""
+        """Let go of an adapter."""
         if self.active == name:
             self.use(None)
-        del self._held[name]
+        layers = _layers(self.model)
+        for module, (a, b, _) in self._held.pop(name).items():
+            layers[module].let_go(a, b)
 
     def use(self, name: str | None) -> None:
         """Put the factors of an adapter into the layers, or of none."""

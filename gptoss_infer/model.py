@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -27,6 +28,19 @@ from gptoss_infer.experts import Activation, ExpertFormat, Experts, Routing, Sho
 
 Recompute = Literal["none", "experts", "layers"]
 Angles = tuple[Tensor, Tensor]  # cosines and sines by which heads are rotated: (N, D/2) each
+
+
+class Adapters(Protocol):
+    """What engines ask of `gptoss_infer.lora.Adapters`, whose module brings peft."""
+
+    def add(self, name: str, adapter: str | Path) -> None:
+        """Read an adapter and hold its factors."""
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter."""
+
+    def use(self, name: str | None) -> None:
+        """Put the factors of an adapter into the layers, or of none."""
 
 
 class LayerCache(Protocol):
@@ -261,6 +275,7 @@ class GptOss(nn.Module):
         self.config = config
         self.model = Decoder(config, experts)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.adapters: Adapters | None = None  # several, of which engines choose
 
     @property
     def device(self) -> torch.device:

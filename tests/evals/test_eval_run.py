@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ import gptoss_infer as gi
 from evals.__main__ import main
 from evals.records import appending, read_records
 from evals.target import fingerprint, resolve
+from gptoss_infer.engine import Completion
 from gptoss_infer.errors import DataError, UsageError, run_command
+from gptoss_infer.harmony.vocabulary import encoding
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -279,6 +283,33 @@ def test_a_run_resumed_at_a_half_written_record_ends_like_an_undisturbed_one(
 
 
 @pytest.mark.slow
+def test_what_a_failed_attempt_held_is_free_before_the_next(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a batch that was too large for the memory would fail again in halves."""
+
+    class Small:
+        def __init__(self) -> None:
+            self.held: list[weakref.ref] = []
+            self.alive: list[int] = []
+
+        def as_completed(self, prompts: list, params: list) -> Iterator:
+            gc.collect()
+            self.alive.append(sum(ref() is not None for ref in self.held))
+            memory = torch.zeros(1)
+            self.held.append(weakref.ref(memory))
+            if len(prompts) > 1:
+                raise MemoryError(f"{len(prompts)} at once")
+            ids = encoding().encode("<|channel|>final<|message|>0<|return|>", allowed_special="all")
+            yield Completion(0, 0, ids, None, "stop")
+
+    engine = Small()
+    monkeypatch.setattr("evals.__main__._load_engine", lambda *_: engine)
+    assert run(tiny_checkpoint, tmp_path / "out") == 0
+    assert len(engine.alive) == 11, "6, then 3 twice, each as 1 and 2, the 2 as 1 and 1"
+    assert set(engine.alive) == {0}
+
+
 def test_a_run_killed_with_sigkill_goes_on_where_it_was(tiny_harmony_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["run", str(tiny_harmony_checkpoint), "--tasks", "addition", "--out", str(out), *REAL_OPTIONS]

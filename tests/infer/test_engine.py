@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import tiny_config, write_tiny
 from oracles import transformers_model
 
 import gptoss_infer as gi
+from gptoss_infer import engine as engine_module
 from gptoss_infer.engine import Engine, SamplingParams
 from gptoss_infer.errors import UsageError
 from gptoss_infer.model import GptOss
@@ -317,3 +319,53 @@ def test_a_cache_takes_no_memory_until_it_is_used(model: GptOss) -> None:
     held = sum(t.nbytes for t in (*engine.cache.keys, *engine.cache.values))
     assert held > 2**28
     assert resident_bytes() - before < held / 8
+
+
+def test_completions_that_end_in_somebody_elses_step_are_not_waited_for(model: GptOss) -> None:
+    engine = Engine(model, page_tokens=16, cache_tokens=1024)
+    iterator = engine.as_completed(prompts(9, 12), [replace(GREEDY, max_tokens=n) for n in (8, 3)])
+    assert next(iterator).prompt_index == 1
+    list(engine.generate(prompts(5), replace(GREEDY, max_tokens=20)))
+    assert [one.prompt_index for one in iterator] == [0]
+
+
+def test_a_step_that_fails_while_it_draws_can_be_made_again(model: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [one.token_ids for one in Engine(model).generate(prompts(9, 33), SAMPLED)]
+    engine, draw = Engine(model), engine_module.draw_next
+    calls = []
+
+    def failing(*arguments: object) -> None:
+        calls.append(0)
+        if len(calls) % 3 == 0:
+            raise MemoryError
+        draw(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine_module, "draw_next", failing)
+    samples = engine.add(prompts(9, 33), SAMPLED)
+    while any(one.finish_reason is None for one in samples):
+        with suppress(MemoryError):
+            engine.step()
+    assert [one.token_ids for one in samples] == expected
+    assert not engine.scheduler.running
+
+
+@pytest.mark.parametrize("fields", [{"seed": 2**63}, {"seed": 2**63 - 1, "n": 2}, {"seed": -(2**63) - 1}])
+def test_seeds_that_no_generator_holds_are_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="must fit in 64 bits"):
+        SamplingParams(**fields)  # type: ignore[arg-type]
+
+
+def test_a_model_that_was_moved_under_an_engine_is_refused_and_other_dtypes_are_not_compiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = gi.load(write_tiny(tmp_path / "base", tiny_config()), device="cpu", dtype=torch.bfloat16)
+    engine = Engine(model, cache_tokens=1024)
+    if engine.compiled is None:
+        pytest.skip("no compiled kernels here")
+    model.float()
+    with pytest.raises(UsageError, match="make another engine"):
+        engine.add(prompts(5), GREEDY)
+    model.bfloat16()
+    model.model.layers[1].mlp.router.float()
+    assert Engine(model, cache_tokens=1024).compiled is None
+    assert "weights of torch.bfloat16, torch.float32" in caplog.text

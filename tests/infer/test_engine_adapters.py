@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +132,47 @@ def test_names_that_are_taken_unknown_or_in_use_are_refused(folder: Path, engine
     engine.unload_adapter("all")
     with pytest.raises(UsageError, match="there is no adapter 'all'; loaded are none"):
         engine.unload_adapter("all")
+
+
+def test_engines_over_one_model_have_their_own_adapters(folder: Path, engine: Engine) -> None:
+    engine.load_adapter("mine", folder / "all")
+    older = Engine(engine.model, max_batch=2, page_tokens=16, cache_tokens=1024)
+    (found,) = engine.generate([prompt(40)], replace(PARAMS, adapter="mine"))
+    newer = Engine(engine.model, max_batch=2, page_tokens=16, cache_tokens=1024)
+    newer.load_adapter("mine", folder / "one_layer")
+    assert found.token_ids == alone(folder, "all", prompt(40), 12)
+    for other, params, name in (
+        (older, PARAMS, BASE), (newer, replace(PARAMS, adapter="mine"), "one_layer"), (newer, PARAMS, BASE),
+        (engine, replace(PARAMS, adapter="mine"), "all"), (older, PARAMS, BASE),
+    ):  # fmt: skip
+        (found,) = other.generate([prompt(40)], params)
+        assert found.token_ids == alone(folder, name, prompt(40), 12), name
+
+
+def test_an_unloaded_adapter_leaves_no_tensor_and_no_trace_at_its_address(folder: Path, engine: Engine) -> None:
+    expected = {name: alone(folder, name, prompt(20), 6) for name in TARGETS}
+    for number in range(6):
+        name = list(TARGETS)[number % 3]
+        engine.load_adapter("mine", folder / name)
+        (found,) = engine.generate([prompt(20)], replace(PARAMS, adapter="mine", max_tokens=6))
+        assert found.token_ids == expected[name]
+        engine.scheduler.forget_prefixes()
+        held = [weakref.ref(p) for key, p in engine.model.named_parameters() if ".lora_" in key and p.numel() > 64]
+        engine.unload_adapter("mine")
+        gc.collect()
+        assert held
+        assert [ref for ref in held if ref() is not None and ref().numel() > 128] == [], name
+
+
+def test_an_adapter_whose_table_could_not_be_made_is_not_taken_for_the_base(
+    folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine.compiled is None:
+        pytest.skip("tables are of the compiled model")
+    engine.load_adapter("all", folder / "all")
+    with monkeypatch.context() as patch:
+        patch.setattr("gptoss_infer.compiled._layer", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            list(engine.generate([prompt(20)], replace(PARAMS, adapter="all")))
+    (found,) = engine.generate([prompt(20)], replace(PARAMS, adapter="all"))
+    assert found.token_ids == alone(folder, "all", prompt(20), 12)

@@ -15,7 +15,7 @@ heads, K key/value heads, D head size, r LoRA rank.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, Structure, byref
 from typing import NamedTuple
 
@@ -163,6 +163,15 @@ def _at(x: Tensor | None) -> int | None:
     return x.data_ptr()
 
 
+def _tensors(parts: object) -> Iterator[Tensor]:
+    """Yield all tensors in nested tuples, without their parameters."""
+    if isinstance(parts, Tensor):
+        yield parts.detach()
+    elif isinstance(parts, (tuple, list)):
+        for part in parts:
+            yield from _tensors(part)
+
+
 def _pointers(lora: LowRank | None) -> tuple[tuple[int | None, int | None], int]:
     if lora is None:
         return (None, None), 0
@@ -292,8 +301,9 @@ class Layers:
     def __init__(self, kernels: Kernels, shape: Shape, layers: Sequence[Layer]) -> None:
         """Take the tensors as they are now: one that is replaced later is not seen."""
         self._run, self._shape = kernels.library.gptoss_layers, _Shape(*shape)
-        self._tensors = layers  # keeps alive what is pointed to
+        self._page_tokens = layers[0].keys.shape[2]
         self._layers = (_Layer * len(layers))(*map(_Layer.of, layers))
+        self._held = list(_tensors(layers))  # keeps alive what is pointed to, also if a parameter gets other data
 
     def run_(self, x: Tensor, angles: tuple[Tensor, Tensor], places: Places, full: Pages, window: Pages) -> None:
         """Take x (N, C) through the layers, in place, as `gptoss_infer.model.Layer` does one by one.
@@ -301,7 +311,6 @@ class Layers:
         Args:
             angles: their cosines and sines, fp32 (N, D / 2). full, window: pages in the layers of each kind.
         """
-        page_tokens = self._tensors[0].keys.shape[2]
         pages = _Pages.of(full), _Pages.of(window)
-        step = _Step(len(x), page_tokens, *map(_at, places), *map(_at, angles), *pages)
+        step = _Step(len(x), self._page_tokens, *map(_at, places), *map(_at, angles), *pages)
         self._run(DTYPES[x.dtype], byref(self._shape), self._layers, byref(step), _at(x), torch.get_num_threads())

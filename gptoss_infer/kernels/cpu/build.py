@@ -8,10 +8,12 @@ Nothing here may break an installation: whatever fails is a reason to run plain 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,19 +42,37 @@ def load(target: Sequence[str] = THIS_CPU) -> ctypes.CDLL:
     """
     if os.environ.get(SWITCH) == "0":
         raise MachineError(f"{SWITCH}=0 is set; unset it to compile them")
-    command = [_compiler(), *FLAGS, *target]
-    path = cache_folder() / f"cpu-{_key(command)}.so"
-    if path.is_file():
-        return _open(path)
-    print(f"compiling the CPU kernels with {command[0]}: some seconds, once", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as work:
-        made = _compile(command, Path(work))
-        library = _open(made)  # before it is kept
-        try:
-            _keep(made, path)
-        except OSError as error:
-            print(f"they will be compiled again: {path.parent} cannot be written ({error})", file=sys.stderr)
+    compiler, flags = _compiler(), [*FLAGS, *target]
+    path = cache_folder() / f"cpu-{_key([*compiler, *flags])}.so"
+    library = _opened(path)
+    if library is not None:
         return library
+    print(f"compiling the CPU kernels with {' '.join(compiler)}: some seconds, once", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            return _made(compiler, flags, Path(work), path)
+    except OSError as error:
+        raise MachineError(f"no folder for temporary files ({error}); set TMPDIR to one") from None
+
+
+def _made(compiler: Sequence[str], flags: Sequence[str], work: Path, path: Path) -> ctypes.CDLL:
+    """Compile in an empty folder, keep the library at `path`, and return it."""
+    made = _compile(compiler, flags, work)
+    library = _opened(made)
+    try:
+        _keep(made, path)
+    except OSError as error:
+        if library is not None:
+            print(f"they will be compiled again: {path.parent} cannot be written ({error})", file=sys.stderr)
+    library = library or _opened(path)
+    if library is None:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise MachineError(
+            f"what was compiled can be loaded neither from {work.parent} nor from {path.parent}; if they are mounted "
+            "noexec, set TMPDIR or XDG_CACHE_HOME to a folder that is not"
+        )
+    return library
 
 
 def cache_folder() -> Path:
@@ -74,30 +94,32 @@ def _keep(made: Path, path: Path) -> None:
             raise
 
 
-def _open(path: Path) -> ctypes.CDLL:
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """Return a library, or None where there is none that can be loaded: not there, not readable, broken, noexec."""
     try:
         return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise MachineError(f"{path} cannot be loaded ({error}); delete it to compile it again") from None
+    except OSError:
+        return None
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
+def _compiler() -> list[str]:
+    """Return the compiler, and the arguments that CXX may name with it."""
+    named, *arguments = shlex.split(os.environ.get("CXX", "")) or [""]
     found = next(filter(None, map(shutil.which, (named,) if named else COMPILERS)), None)
     if found is None:
         wanted = f"CXX={named} is not there" if named else f"there is no C++ compiler ({', '.join(COMPILERS)})"
         raise MachineError(f"{wanted}; install one, such as g++, to compile them")
-    return found
+    return [found, *arguments]
 
 
-def _compile(command: Sequence[str], work: Path) -> Path:
+def _compile(compiler: Sequence[str], flags: Sequence[str], work: Path) -> Path:
     """Compile and link in an empty folder; return the library there."""
     folder = Path(__file__).parent
     made, library = work / "kernels.o", work / "kernels.so"
     # Linked without an OpenMP library: torch has loaded one, and the threads are to be the same.
     for step in (
-        [*command, "-c", str(folder / SOURCES[0]), "-o", str(made)],
-        [command[0], "-shared", str(made), "-o", str(library)],
+        [*compiler, *flags, "-c", str(folder / SOURCES[0]), "-o", str(made)],
+        [*compiler, "-shared", str(made), "-o", str(library)],
     ):
         try:
             done = subprocess.run(step, capture_output=True, text=True, errors="replace", check=False)

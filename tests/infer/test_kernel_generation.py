@@ -68,6 +68,7 @@ def test_greedy_tokens_by_kernels_are_the_likeliest_of_the_plain_model(tmp_path:
     assert got.calls == [4, 0]  # two layers, in the step of the prompts and in the one behind it
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_samples_by_kernels_have_the_plain_models_probabilities_whatever_is_cut_batched_or_shared(
     tmp_path: Path,

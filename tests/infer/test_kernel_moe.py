@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed here (it comes wit
 from gptoss_infer.kernels import low_rank, moe, routing, tiles, tuning  # need triton
 
 TARGETS = tuple(tuning.TABLES)
-ONE_FAST = [pytest.param(target, marks=() if target == "sm_90" else pytest.mark.slow) for target in TARGETS]
+MORE = [pytest.mark.slow, pytest.mark.exhaustive]
+ONE_FAST = [pytest.param(target, marks=() if target == "sm_90" else MORE) for target in TARGETS]
 HALF_UNIT = 2**-8  # largest relative error of rounding to bf16
 
 
@@ -84,6 +85,7 @@ def test_every_form_of_every_gpu_equals_a_dense_product(target: str) -> None:
         assert_steps_equal_dense_products(target, block_m, 1, x, logits, None, weights)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_in_bf16_they_are_as_near_to_it_as_the_plain_path() -> None:
     check(8, 1, 64, [5, 30, 1], 16, torch.bfloat16)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "kv", "lengths", "window"), MORE, ids=str)

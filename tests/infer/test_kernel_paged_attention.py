@@ -48,6 +48,7 @@ def test_in_bf16_with_the_sizes_of_gpt_oss_rows_are_as_near_as_its_rounding_allo
     assert_near(run(step, window), dense_rows(step, window), torch.bfloat16)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 15, 16, 17, 128], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,6 +68,7 @@ def test_a_sequence_yields_the_same_bits_alone_and_among_others(window: int | No
         assert torch.equal(alone, together[rows])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("num_sequences", [1, 2, 7, 64])
 def test_batches_of_any_size(num_sequences: int) -> None:

@@ -40,6 +40,7 @@ def test_every_size_routes_as_the_reference_does(num_tokens: int, num_experts: i
     assert_routed_as_the_reference_does(random_logits(num_tokens, num_experts), top_k, block_m)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1100, 32, 4), (300, 128, 8)])
 def test_many_blocks_of_tokens_route_as_the_reference_does(num_tokens: int, num_experts: int, top_k: int) -> None:

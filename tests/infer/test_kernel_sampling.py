@@ -84,6 +84,7 @@ def test_a_row_alone_and_among_others_yields_the_same_bits() -> None:
         assert alone[1][0] == together[1][row]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 64])
 def test_batches_of_any_size_and_the_vocabulary_of_harmony(rows: int) -> None:
